@@ -91,16 +91,17 @@ def parser() -> argparse.ArgumentParser:
     )
     quickstart.add_argument(
         "--recipe",
-        choices=("dino", "dinov2"),
+        choices=("dino", "dinov2", "dinov3"),
         default="dino",
         help="dinov2: with masked patches, KoLeo and Sinkhorn-Knopp, and a picture of patch"
-        " features (default dino)",
+        " features; dinov3: also rotary positions, and a last phase with and without Gram"
+        " anchoring (default dino)",
     )
     quickstart.add_argument(
         "--run-dir",
         metavar="DIR",
         help="where to write images, weights and results (default runs/quickstart, or"
-        " runs/quickstart_dinov2)",
+        " runs/quickstart_dinov2, ..._dinov3)",
     )
     quickstart.set_defaults(run=_quickstart)
     return top

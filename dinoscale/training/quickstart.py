@@ -1,5 +1,6 @@
 """The quickstart: pre-train on drawn images on two processes, then show what was learned."""
 
+import json
 import logging
 import os
 import shlex
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from dinoscale.config import RunConfig, load_config, text_override
+from dinoscale.config import RunConfig, load_config, phases_of, text_override
 from dinoscale.convert.conversion import convert
 from dinoscale.convert.run_checkpoint import card_of
 from dinoscale.convert.weights_file import save_backbone
@@ -31,11 +33,17 @@ from dinoscale.runtime.launcher_env import on_this_node
 from dinoscale.runtime.outputs import atomic_write
 from dinoscale.runtime.preemption import stop_signals
 from dinoscale.training.hooks.events import count_events
+from dinoscale.training.hooks.online_knn import patch_pixels_top1
 
 log = logging.getLogger(__name__)
 
 # Of each recipe: its preset here, and the one to train next on images of one's own.
-PRESETS = {"dino": ("quickstart", "vit_s16"), "dinov2": ("quickstart_dinov2", "dinov2_vits16")}
+PRESETS = {
+    "dino": ("quickstart", "vit_s16"),
+    "dinov2": ("quickstart_dinov2", "dinov2_vits16"),
+    "dinov3": ("quickstart_dinov3", "dinov3_vitl16_in1k"),
+}
+_GRAM, _WITHOUT = "gram", "without_gram"  # phases that begin at the same place
 
 # Pixels at which patches are drawn: 24 x 24 of 4, as many as of attention, four times as fine as
 # in training. At 24 pixels, where 6 x 6 patches are as large as the objects' stripes, no shape is
@@ -55,7 +63,8 @@ def quickstart(recipe: str, run_dir: str | None = None) -> dict[str, Any]:
 
     Returns:
         JSON-able: accuracies in percent, paths of the results, seconds, and the count of each event
-        (a collapse, a skipped step); a picture of patch features where patches have a loss.
+        (a collapse, a skipped step); a picture of patch features where patches have a loss; of a
+        run of phases also the accuracy of single patches, in percent, after each.
 
     Raises:
         PreemptedError: it was asked to stop, and has saved or is about to.
@@ -67,7 +76,7 @@ def quickstart(recipe: str, run_dir: str | None = None) -> dict[str, Any]:
     if run_dir is not None:
         overrides.append(text_override("run_dir", run_dir))
     config = load_config(preset, overrides)
-    folder = Path(config.run_dir)  # with ~ expanded
+    folder, runs = Path(config.run_dir), phases_of(config)  # with ~ expanded
     begin = time.monotonic()
     _pretrain(preset, overrides)
     trained_s = time.monotonic() - begin
@@ -81,10 +90,12 @@ def quickstart(recipe: str, run_dir: str | None = None) -> dict[str, Any]:
     pictures = {"attention_image": str(picture)}
     if config.ibot.loss_weight:
         pictures["patches_image"] = str(_draw_patches(config, weights, untrained))
+    of_patches = {"patch_knn_top1": _patch_accuracies(config)} if config.phases else {}
     result = {
         **_accuracies(config, weights, untrained),
+        **of_patches,
         "precision": precision,
-        "events": count_events(folder),
+        "events": dict(sum((Counter(count_events(Path(run.run_dir))) for run in runs), Counter())),
         "training_s": round(trained_s, 1),
         "total_s": round(time.monotonic() - begin, 1),
         "run_dir": str(folder),
@@ -181,13 +192,42 @@ def _accuracies(config: RunConfig, weights: Path, untrained: Path) -> dict[str, 
     return found
 
 
+def _patch_accuracies(config: RunConfig) -> dict[str, float]:
+    """Top-1 of k-NN of single patches in percent: pixels, untrained, and after each phase."""
+    found = {"pixels": patch_pixels_top1(config)}
+    for phase, run in zip(config.phases, phases_of(config), strict=True):
+        lines = (Path(run.run_dir) / "metrics.jsonl").read_text().splitlines()
+        values = [json.loads(line).get("patch_knn_top1") for line in lines]
+        measured = [value for value in values if value is not None]
+        found.setdefault("untrained", measured[0])
+        found[phase.name] = measured[-1]
+    return {name: round(value, 2) for name, value in found.items()}
+
+
+def _patches_in_words(accuracies: Mapping[str, float]) -> str:
+    """What became of single patches, and whether Gram anchoring is why."""
+    gain = accuracies[_GRAM] - accuracies[_WITHOUT]
+    verdict = f"helps here, by {gain:.1f}" if gain > 0 else f"does not help here: {gain:.1f}"
+    rows = "\n".join(f"  {value:5.1f} %   {name}" for name, value in accuracies.items())
+    return f"""
+Single patches of them, as one of the patterns or background, are classified rightly for
+
+{rows}
+
+Gram anchoring {verdict} points beside the same training without it; one seed.
+"""
+
+
 def _in_words(config: RunConfig, result: dict[str, Any], *, following: str) -> str:
     baseline = max(result["knn_top1_pixels"], result["knn_top1_untrained"])
     gain = result["knn_top1_trained"] - baseline
     patches = result.get("patches_image")
     drawn = f"  patch features  {patches}\n" if patches else ""
+    of_patches = result.get("patch_knn_top1")
+    also = _patches_in_words(of_patches) if of_patches else ""
+    epochs = sum(run.train.epochs for run in phases_of(config))
     return f"""
-A small ViT was trained on drawn objects for {config.train.epochs} epochs, without labels.
+A small ViT was trained on drawn objects for {epochs} epochs, without labels.
 Classifying the pattern on new drawings by {config.eval.k} nearest neighbours is right for
 
   {result["knn_top1_trained"]:5.1f} %   with its features after training
@@ -195,7 +235,7 @@ Classifying the pattern on new drawings by {config.eval.k} nearest neighbours is
   {result["knn_top1_pixels"]:5.1f} %   with raw pixels
 
 {_verdict(gain)} Pre-training took {result["training_s"]:.0f} s.
-
+{also}
   weights         {result["weights"]}   (plain PyTorch, no DeepSpeed needed)
   where it looks  {result["attention_image"]}
 {drawn}  curves          {_activated()}dinoscale report {result["run_dir"]}

@@ -1,5 +1,6 @@
 """What the quickstart says of the end of its training."""
 
+import json
 import os
 import signal
 import sys
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from dinoscale import cli
-from dinoscale.config import load_config
+from dinoscale.config import load_config, phases_of
 from dinoscale.convert.run_checkpoint import card_of
 from dinoscale.convert.weights_file import save_backbone
 from dinoscale.engine.build import build_networks
@@ -76,7 +77,7 @@ def test_its_words_say_how_to_find_the_command(
     [
         ([], ("dino", None)),
         (["--recipe", "dinov2"], ("dinov2", None)),
-        (["--recipe=dinov2", "--run-dir", "a"], ("dinov2", "a")),
+        (["--recipe=dinov3", "--run-dir", "a"], ("dinov3", "a")),
     ],
 )
 def test_recipe_and_folder_reach_the_quickstart(
@@ -89,12 +90,42 @@ def test_recipe_and_folder_reach_the_quickstart(
 
 
 def test_recipes_differ_in_the_objective_alone() -> None:
-    first, second = (load_config(preset) for preset, _ in quickstart.PRESETS.values())
+    first, second = (load_config(quickstart.PRESETS[name][0]) for name in ("dino", "dinov2"))
     changed = {name for name, value in first if value != getattr(second, name)}
     assert changed == {"run_dir", "patch_head", "dino", "ibot", "koleo", "optim"}
     # One clipping over a network is part of the recipe; rates and lengths are not.
     assert second.optim.model_copy(update={"clip_mode": first.optim.clip_mode}) == first.optim
     assert second.dino.model_copy(update={"targets": "centering"}) == first.dino
+
+
+def test_both_last_phases_of_dinov3_differ_in_gram_anchoring_alone() -> None:
+    begun, without, gram = phases_of(load_config("quickstart_dinov3"))
+    assert without.train.continue_from == gram.train.continue_from == begun.run_dir
+    assert {name for name, value in without if value != getattr(gram, name)} == {"run_dir", "gram"}
+    assert not without.gram.loss_weight
+    assert (gram.gram.steps_without, gram.gram.max_refreshes) == (1, 1)  # as the phase begins
+
+
+@pytest.mark.parametrize(
+    ("gram", "said"), [(61.5, "helps here, by 1.5 points"), (58.0, "not help here: -2.0 points")]
+)
+def test_its_words_say_whether_gram_anchoring_helped(
+    tmp_path: Path, gram: float, said: str
+) -> None:
+    few = "synthetic:shapes?images=16&size=30&split="  # of which the pixels are measured
+    sets = [f"eval.train={few}train", f"eval.test={few}test"]
+    config = load_config("quickstart_dinov3", [f"run_dir={tmp_path}", *sets])
+    measured = ((50.0, 59.0), (59.0, 60.0), (59.0, gram))
+    for run, values in zip(phases_of(config), measured, strict=True):
+        Path(run.run_dir).mkdir(parents=True)
+        lines = [{"step": 0, "loss": 1.0}, *({"patch_knn_top1": value} for value in values)]
+        text = "".join(f"{json.dumps(line)}\n" for line in lines)
+        (Path(run.run_dir) / "metrics.jsonl").write_text(text)
+    found = quickstart._patch_accuracies(config)
+    assert {**found, "pixels": 0} == {
+        "pixels": 0, "untrained": 50.0, "pretrain": 59.0, "without_gram": 60.0, "gram": gram
+    }  # fmt: skip
+    assert said in quickstart._patches_in_words(found)
 
 
 def test_patches_of_both_networks_are_drawn(tmp_path: Path) -> None:
