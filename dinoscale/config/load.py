@@ -418,10 +418,9 @@ def _refuse_beginnings(phase: PhaseConfig, *, later: bool) -> None:
 def _with_run_dir(change: dict[str, Any], run_dir: str) -> dict[str, Any]:
     """The changes of a phase, `{run_dir}` in gram.teacher replaced by the folder of all phases."""
     gram = change.get("gram")
-    teacher = gram.get("teacher") if isinstance(gram, dict) else None
-    if not isinstance(teacher, str):
+    if not isinstance(gram, dict) or not isinstance(gram.get("teacher"), str):
         return change
-    return change | {"gram": gram | {"teacher": teacher.replace("{run_dir}", run_dir)}}
+    return change | {"gram": gram | {"teacher": gram["teacher"].replace("{run_dir}", run_dir)}}
 
 
 def _beginning(phase: PhaseConfig, before: RunConfig | None) -> dict[str, dict[str, object]]:
