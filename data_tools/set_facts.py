@@ -27,7 +27,14 @@ from data_tools.near_duplicates import (
 )
 from data_tools.parallel import ordered_map
 from data_tools.survey import sample_ids
-from dinoscale.data.decoding.arrays import NPY_START, TIFF_STARTS, array_header, read_npy, read_tiff
+from dinoscale.data.decoding.arrays import (
+    INTEGER_WHITES,
+    NPY_START,
+    TIFF_STARTS,
+    array_header,
+    read_npy,
+    read_tiff,
+)
 from dinoscale.data.decoding.decode import BadSampleError, Decoder
 from dinoscale.data.sources.source import Source
 from dinoscale.data.sources.synthetic import PREFIX
@@ -37,7 +44,6 @@ SAMPLE = 1000  # images, read and decoded
 _RADIUS = 6  # bits in which the hashes of copies differ at most; the default of `deduplicate`
 _BLOCK = 32  # images that a process decodes at once
 _COLORLESS = 2  # levels of 255 by which the channels of a gray picture differ, after JPEG
-_WHITES = (255.0, 1023.0, 4095.0, 16383.0, 65535.0)  # 8, 10, 12, 14, 16 bit
 _GRAY_MODES = ("1", "L", "LA", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 _ROW = np.dtype([("hash", "<u8"), ("hashed", "?"), ("thumbnail", "u1", (THUMBNAIL, THUMBNAIL, 3))])
 
@@ -97,7 +103,7 @@ def look_at(spec: str, *, images: int = SAMPLE, workers: int) -> SetFacts:
         raise DataError(f"{spec}: none of the {len(ids)} images looked at can be read")
     channels = kinds.most_common(1)[0][0]
     highest = max(kind.highest for kind in stored if kind is not None)
-    white = None if highest <= _WHITES[0] else min(w for w in _WHITES if w >= highest)
+    white = None if highest <= INTEGER_WHITES[0] else min(w for w in INTEGER_WHITES if w >= highest)
     if (channels, white) != (3, None):
         source = open_pictures(spec, Decoder(channels, white))
     blocks = [ids[first : first + _BLOCK] for first in range(0, len(ids), _BLOCK)]
@@ -187,10 +193,10 @@ def _examine(source: Source, ids: NDArray[np.int64]) -> Json:
 
 
 def _row(pixels: NDArray[np.uint8]) -> NDArray[np.void]:
-    row = np.zeros((), dtype=_ROW)
-    signature = perceptual_hash(np.ascontiguousarray(pixels))
+    row, pixels = np.zeros((), dtype=_ROW), np.ascontiguousarray(pixels)
+    signature = perceptual_hash(pixels)
     row["hash"], row["hashed"] = signature or 0, signature is not None
-    row["thumbnail"] = thumbnail(np.ascontiguousarray(pixels))
+    row["thumbnail"] = thumbnail(pixels)
     return row
 
 

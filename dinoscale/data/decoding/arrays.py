@@ -21,7 +21,7 @@ NPY_START = b"\x93NUMPY"
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two are BigTIFF
 
 _DTYPES = ("uint8", "uint16", "int16", "float32", "float64")
-_INTEGER_WHITES = (255.0, 1023.0, 4095.0, 16383.0, 65535.0)  # 8, 10, 12, 14, 16 bit
+INTEGER_WHITES = (255.0, 1023.0, 4095.0, 16383.0, 65535.0)  # 8, 10, 12, 14, 16 bit
 _FLOAT_WHITES = (1.0, 255.0)
 
 _MAX_PAGES = 2**16
@@ -230,7 +230,7 @@ def to_8bit(numbers: NDArray[Any], *, white: float | None) -> NDArray[np.uint8]:
         raise ValueError("every pixel is NaN or infinite")
     low, high = float(scaled[finite].min()), float(scaled[finite].max())
     scaled = np.nan_to_num(scaled, nan=low, posinf=high, neginf=low)
-    usual = _FLOAT_WHITES if numbers.dtype.kind == "f" else _INTEGER_WHITES
+    usual = _FLOAT_WHITES if numbers.dtype.kind == "f" else INTEGER_WHITES
     black, white = _range_of(low, high, usual) if white is None else (0.0, white)
     scaled = (scaled - black) * (255.0 / (white - black))
     return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
