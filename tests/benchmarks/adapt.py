@@ -24,7 +24,7 @@ from scipy.stats import spearmanr
 
 from dinoscale.training.best import WEIGHTS
 
-SOURCE_STEPS, STEPS, HEAD_STEPS, EVERY = 1200, 500, 100, 50
+SOURCE_STEPS, STEPS, HEAD_STEPS, EVERY = 1200, 250, 50, 25
 RATE = 1e-3
 HALVES = {"source": range(5), "target": range(5, 10)}
 # What is learned from, and the bank and the queries of k-NN: shards of CIFAR-10.
