@@ -22,6 +22,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
 SwitchType=switch/none
+SchedulerParameters=sched_interval=1,bf_interval=1
 SelectType=select/cons_tres
 GresTypes=gpu
 KillWait=5
