@@ -174,7 +174,7 @@ def _run_until(config: Path, moment: Moment) -> None:
     if moment.target in LAUNCHERS:
         _kill_launcher(config, moment, overrides, has_come)
         return
-    run = RunProcesses(config, *overrides, slow_disk_s=_SLOW_DISK_S)
+    run = RunProcesses(config, *overrides, slow_disk_s=_SLOW_DISK_S, quick_verdict=True)
     assert run.wait_until(has_come), "the run ended by itself\n" + run.said()
     time.sleep(moment.delay_s)
     pids = run.pids()

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -24,6 +24,7 @@ from dinoscale.checkpoint import checksums
 from dinoscale.checkpoint.layout import checkpoints
 from dinoscale.checkpoint.load import Checkpoint
 from dinoscale.config import dump_config
+from dinoscale.runtime import watchdog
 from tests.distributed.tiny_run import tiny_config
 from tests.forked import ROOT, Forked
 from tests.harness import environment_of
@@ -54,6 +55,16 @@ def write_config(folder: Path, *, stage: int, epochs: int, **changes: dict[str, 
     return path
 
 
+class Faults(NamedTuple):
+    """What is wrong with a rank; as in `RunProcesses`."""
+
+    slow_disk_s: float
+    slow_images_s: float
+    stuck: bool
+    before_save: Callable[[Path], None] | None
+    quick_verdict: bool
+
+
 class RunProcesses:
     """One start of a run on `RANKS` processes."""
 
@@ -65,6 +76,7 @@ class RunProcesses:
         slow_images_s: float = 0.0,
         stuck_reader: int | None = None,
         before_save: Callable[[Path], None] | None = None,
+        quick_verdict: bool = False,
     ) -> None:
         """Start.
 
@@ -75,6 +87,8 @@ class RunProcesses:
             slow_images_s: how long each image takes to be read.
             stuck_reader: a rank whose third step's images never come.
             before_save: called on rank 1 with each file before it is written.
+            quick_verdict: whether a rank that lost another one finds out in tenths of a second who
+                is gone, instead of in seconds.
         """
         self.run_dir, port = config.parent / "run", free_port()
         self.outputs = [config.parent / f"output_{rank}.txt" for rank in range(RANKS)]
@@ -82,7 +96,13 @@ class RunProcesses:
             Forked(
                 _rank,
                 rank,
-                (slow_disk_s, slow_images_s, stuck_reader == rank, before_save if rank else None),
+                Faults(
+                    slow_disk_s,
+                    slow_images_s,
+                    stuck=stuck_reader == rank,
+                    before_save=before_save if rank else None,
+                    quick_verdict=quick_verdict,
+                ),
                 ["train", str(config), *overrides],
                 environment=environment_of(rank, world_size=RANKS, port=port),
                 output=output,
@@ -154,25 +174,28 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def _rank(
-    rank: int,
-    faults: tuple[float, float, bool, Callable[[Path], None] | None],
-    arguments: list[str],
-) -> None:
-    slow_disk_s, slow_images_s, stuck, before_save = faults
+def _rank(rank: int, faults: Faults, arguments: list[str]) -> None:
     socket.gethostname = lambda: f"host-{rank}"  # for messages: as if on two machines
-    if slow_disk_s:
-        _slow_down_the_disk(slow_disk_s)
-    if slow_images_s:
-        _wait_before_reads(lambda _read: slow_images_s)
-    if stuck:  # a network file system that does not answer from the third step on
+    if faults.slow_disk_s:
+        _slow_down_the_disk(faults.slow_disk_s)
+    if faults.slow_images_s:
+        _wait_before_reads(lambda _read: faults.slow_images_s)
+    if faults.stuck:  # a network file system that does not answer from the third step on
         _wait_before_reads(lambda read: 1000.0 if read == 2 * BATCH // RANKS else 0.0)
-    if before_save is not None:
-        _call_before_saves(before_save)
+    if faults.before_save is not None:
+        _call_before_saves(faults.before_save)
+    if faults.quick_verdict:
+        _hasten_the_verdict()
     from dinoscale import __main__
 
     sys.argv = ["dinoscale", *arguments]
     __main__.main()
+
+
+def _hasten_the_verdict() -> None:
+    """Post ten times as often, so that ten times shorter waits tell as much."""
+    for name in ("POST_S", "_READS_APART_S", "_LINGER_S"):
+        setattr(watchdog, name, getattr(watchdog, name) / 10)
 
 
 def _slow_down_the_disk(seconds: float) -> None:
