@@ -26,7 +26,7 @@ _SMALL = [
     "data.train=synthetic:shapes?images=320&size=20&seed=1",
 ]
 RUNS = {
-    "quickstart": ["train.stop_after_steps=60"],  # planted ones are named within 50
+    "quickstart": ["train.stop_after_steps=52"],  # planted ones are named within 50
     "no_center": [
         *_SMALL,
         "dino.center_momentum=1.0",
@@ -105,7 +105,7 @@ def _ends(root: Path, name: str) -> list[Any]:
 
 def test_start_of_the_quickstart_raises_nothing(root: Path) -> None:
     assert _lines(root / "quickstart" / "events.jsonl") == []
-    assert _ends(root, "quickstart") == ["60", "60"]
+    assert _ends(root, "quickstart") == ["52", "52"]
 
 
 def test_mean_target_is_that_of_all_rows_of_the_step(root: Path) -> None:
@@ -118,7 +118,7 @@ def test_mean_target_is_that_of_all_rows_of_the_step(root: Path) -> None:
 
 def test_log_of_the_quickstart_has_information_and_share(root: Path) -> None:
     lines = _steps(root / "quickstart")
-    assert len(lines) == 60
+    assert len(lines) == 52
     assert min(line["target_mutual_information"] for line in lines) > 0.2
     assert max(line["max_prototype_prob"] for line in lines) < 0.25
 
