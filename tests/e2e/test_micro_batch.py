@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from dinoscale.config import load_config, parse_config
-from tests.forked import ROOT, run_module, server_pids
+from tests.forked import ROOT, Forked, run_module, server_pids, start_module
 from tests.harness import environment_of
 from tests.ports import free_port
 
@@ -85,6 +85,22 @@ def _unlimited_trial(size: int) -> subprocess.Popen[str]:
     return trial
 
 
+def _limited(
+    words: list[str], environment: dict[str, str], said: Path, limit: int
+) -> "subprocess.Popen[bytes]":
+    """A new interpreter: one that is forked has the server's memory already."""
+    with said.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dinoscale", *words],
+            env=environment,
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    resource.prlimit(process.pid, resource.RLIMIT_DATA, (limit, limit))
+    return process
+
+
 class Ranks:
     """`dinoscale train` on some processes."""
 
@@ -95,21 +111,18 @@ class Ranks:
         config = folder / "run.yaml"
         config.write_text(yaml.safe_dump(_SIZES))
         settings = ["train.micro_batch_size=auto", f"run_dir={self.run_dir}", *overrides]
+        words = ["train", str(config), *settings]
         port = free_port()
-        self.processes = []
+        self.processes: list[Forked | subprocess.Popen[bytes]] = []
         for rank in range(world_size):
-            with (folder / f"said_{rank}.txt").open("w") as said:
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "dinoscale", "train", str(config), *settings],
-                        env=environment_of(rank, world_size=world_size, port=port),
-                        cwd=ROOT,
-                        stdout=said,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
-            if limit is not None:
-                resource.prlimit(self.processes[-1].pid, resource.RLIMIT_DATA, (limit, limit))
+            environment = environment_of(rank, world_size=world_size, port=port)
+            said = folder / f"said_{rank}.txt"
+            said.unlink(missing_ok=True)
+            if limit is None:
+                forked = start_module("dinoscale", *words, environment=environment, output=said)
+                self.processes.append(forked)
+            else:
+                self.processes.append(_limited(words, environment, said, limit))
         self._folder = folder
 
     def end(self) -> tuple[list[int], str]:
