@@ -68,7 +68,6 @@ def _require_going_on_as(undisturbed: Path, config: Path) -> None:
     ("number", "ranks", "workers", "log"),
     [
         (signal.SIGTERM, [0, 1], 1, 1),
-        (signal.SIGUSR1, [0, 1], 0, 1),
         (signal.SIGUSR1, [1], 0, 1),  # the other learns of it from the step
         (signal.SIGUSR1, [1], 0, 7),  # and that when the next one is under way
     ],
