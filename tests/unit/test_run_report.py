@@ -476,7 +476,8 @@ def test_a_run_before_its_first_step_has_a_report(tmp_path: Path) -> None:
 
 
 def test_a_run_of_phases_has_a_page_that_leads_to_the_report_of_each(tmp_path: Path) -> None:
-    lines = log_lines()
+    kept = ("step", "epoch", "loss", "momentum", "knn_top1")
+    lines = [{key: line[key] for key in kept if key in line} for line in log_lines()]
     make_run(tmp_path / "run" / "phases" / "01_first", lines)
     make_run(tmp_path / "run" / "phases" / "02_second", lines[: len(lines) // 2])
     result = write_report(tmp_path / "run", tmp_path / "out", attention=False)
