@@ -1,5 +1,6 @@
 """What all tests share: a cache, reports that can be sent, their order, the minutes they took."""
 
+import gc
 import math
 import os
 from collections import Counter
@@ -55,6 +56,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     computing = [path for path in long if _folder(path) not in _WAITING]
     turns = [path for pair in zip_longest(waiting, computing) for path in pair if path]
     items[:] = [item for path in dict.fromkeys([*turns, *files]) for item in files[path]]
+
+
+def pytest_collection_finish() -> None:
+    """What thousands of tests and their modules consist of stays: no collection looks at it again.
+
+    Measurements of memory collect garbage and list all objects, and processes that are forked from
+    this one keep sharing these pages.
+    """
+    gc.freeze()
 
 
 def _folder(path: Path) -> str:
