@@ -132,7 +132,7 @@ class RunProcesses:
             if time.monotonic() > end:
                 self.send(signal.SIGKILL)  # else the session waits for them
                 raise AssertionError("the condition never held\n" + self.said())
-            time.sleep(0.002)
+            time.sleep(0.01)
         return True
 
     def send(self, number: int, *, ranks: Sequence[int] = range(RANKS)) -> None:

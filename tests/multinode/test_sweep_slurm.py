@@ -48,4 +48,4 @@ def _wait_until(condition: Callable[[], bool], said: Path, *, timeout_s: float =
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, said.read_text()[-4000:] if said.exists() else "no output"
-        time.sleep(0.1)
+        time.sleep(0.3)  # some conditions ask Slurm by a program
