@@ -99,8 +99,8 @@ def _reason(done: Done) -> str:
     return "\n".join(line.partition("error: ")[2] for line in lines)
 
 
-def _refused(cluster: Cluster, config: Path) -> dict[str, str]:
-    """Host -> what the look at all hosts before the start has against it; nothing may start."""
+def _refused(cluster: Cluster, config: Path) -> list[tuple[str, str]]:
+    """Host and text of all that the look at the hosts before a start finds; nothing may start."""
     done = _launch(cluster, config, "--check").wait(timeout_s=START_S)
     assert done.code == 2, done.said[-4000:]
     assert "Traceback" not in done.said
@@ -108,84 +108,53 @@ def _refused(cluster: Cluster, config: Path) -> dict[str, str]:
     problems = [entry for entry in json.loads(line)["checks"] if entry["verdict"] == "problem"]
     assert not list((config.parent / "run").glob("*")), "something was started"
     assert not cluster.left_behind()
-    return {entry["name"]: entry["text"] for entry in problems}
+    return [(entry["name"], entry["text"]) for entry in problems]
 
 
 def test_host_out_of_reach_is_refused_by_name(cluster: Cluster, config: Path) -> None:
     cluster.hosts[1].plug(connected=False)
-    problems = _refused(cluster, config)
-    assert list(problems) == ["node2"]
-    assert "cannot be reached by ssh" in problems["node2"]
+    ((host, text),) = _refused(cluster, config)
+    assert host == "node2"
+    assert "cannot be reached by ssh" in text
 
 
-def test_host_with_another_version_is_refused_by_name(cluster: Cluster, config: Path) -> None:
-    with _other_version(cluster, config):
-        problems = _refused(cluster, config)
-    assert list(problems) == ["node2"]
-    assert problems["node2"].startswith("deepspeed is 0.18.0 there, ")
-
-
-def test_host_with_another_clock_is_refused_by_name(cluster: Cluster, config: Path) -> None:
-    """The kernel has one clock for all namespaces, so that of node2's Python is set instead."""
-    everywhere = cluster.folder / "home" / "sitecustomize.py"
-    ahead = config.parent / "ahead.py"
-    everywhere.write_text("")
-    ahead.write_text("import time\nreal = time.time\ntime.time = lambda: real() + 90\n")
-    try:
-        with cluster.hosts[1].put(ahead, over=everywhere):
-            problems = _refused(cluster, config)
-    finally:
-        everywhere.unlink()
-    assert list(problems) == ["node2"]
-    assert "its clock is" in problems["node2"]
-    assert "ahead of this machine's" in problems["node2"]
-
-
-def test_host_that_does_not_share_the_run_directory_is_refused_by_name(
+def test_host_with_another_version_clock_and_run_directory_is_refused_for_each(
     cluster: Cluster, config: Path
 ) -> None:
-    (config.parent / "run").mkdir()
-    own = config.parent / "own"
+    """The kernel has one clock for all namespaces, so that of node2's Python is set instead."""
+    everywhere = cluster.folder / "home" / "sitecustomize.py"
+    ahead, run_dir, own = (config.parent / name for name in ("ahead.py", "run", "own"))
+    ahead.write_text("import time\nreal = time.time\ntime.time = lambda: real() + 90\n")
+    run_dir.mkdir()
     own.mkdir()
-    with cluster.hosts[1].put(own, over=config.parent / "run"):
-        problems = _refused(cluster, config)
-    assert list(problems) == ["node2"]
-    assert "is not shared" in problems["node2"]
-
-
-def _train_without_a_look(cluster: Cluster, config: Path) -> list[Done]:
-    """Start the ranks as srun would, without `dinoscale launch`; both must end by themselves."""
-    meet = {"MASTER_ADDR": cluster.hosts[0].address, "MASTER_PORT": "29500", "WORLD_SIZE": "2"}
-    words = ["python", "-m", "dinoscale", "train", str(config)]
-    ranks = [
-        host.start(words, RANK=str(rank), LOCAL_RANK="0", **meet)
-        for rank, host in enumerate(cluster.hosts)
-    ]
-    ended = [rank.wait(timeout_s=START_S) for rank in ranks]
-    assert not steps_logged(config.parent / "run")
-    assert not cluster.left_behind()
-    return ended
+    with contextlib.ExitStack() as odd:
+        everywhere.write_text("")
+        odd.callback(everywhere.unlink)
+        odd.enter_context(cluster.hosts[1].put(ahead, over=everywhere))
+        odd.enter_context(_other_version(cluster, config))
+        odd.enter_context(cluster.hosts[1].put(own, over=run_dir))
+        hosts, (version, clock, shared) = zip(*_refused(cluster, config), strict=True)
+    assert hosts == ("node2",) * 3
+    assert version.startswith("deepspeed is 0.18.0 there, ")
+    assert re.match(r"its clock is .* ahead of this machine's", clock)
+    assert "is not shared" in shared
 
 
 def test_training_refuses_another_version_on_one_host(cluster: Cluster, config: Path) -> None:
+    """Ranks that start as srun would, without `dinoscale launch`; both end by themselves."""
+    meet = {"MASTER_ADDR": cluster.hosts[0].address, "MASTER_PORT": "29500", "WORLD_SIZE": "2"}
+    words = ["python", "-m", "dinoscale", "train", str(config)]
     with _other_version(cluster, config):
-        ended = _train_without_a_look(cluster, config)
+        ranks = [
+            host.start(words, RANK=str(rank), LOCAL_RANK="0", **meet)
+            for rank, host in enumerate(cluster.hosts)
+        ]
+        ended = [rank.wait(timeout_s=START_S) for rank in ranks]
+    assert not steps_logged(config.parent / "run")
+    assert not cluster.left_behind()
     for done in ended:
         assert done.code == 2, done.said[-4000:]
         assert "0.18.0 on rank 1 (node2)" in _reason(done)
-
-
-def test_training_refuses_a_run_directory_that_is_not_shared(
-    cluster: Cluster, config: Path
-) -> None:
-    (config.parent / "run").mkdir()
-    own = config.parent / "own"
-    own.mkdir()
-    with cluster.hosts[1].put(own, over=config.parent / "run"):
-        ended = _train_without_a_look(cluster, config)
-    for done in ended:
-        assert done.code == 2, done.said[-4000:]
-        assert "node2" in _reason(done)
 
 
 @contextlib.contextmanager
