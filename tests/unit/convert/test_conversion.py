@@ -249,52 +249,48 @@ try:
 except RuntimeError:  # its operators are of another build: their schemas are enough
     for name in ("nms", "qnms"):
         torch.library.define(f"torchvision::{name}", "(Tensor d, Tensor s, float t) -> Tensor")
-folder, kind, bound = sys.argv[1:]
+import onnxruntime
+import timm
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+folder, bound = sys.argv[1], float(sys.argv[2])
 given = torch.load(f"{folder}/given.pth")
 images = given["images"]
 torch.set_grad_enabled(False)
-if kind == "timm":
-    import timm
-    model = timm.create_model(f"local-dir:{folder}/timm folder", pretrained=True).eval()
-    found = model(images)
-    config = timm.data.resolve_model_data_config(model)
-    steps = timm.data.create_transform(**config).transforms
-    assert (steps[0].size, tuple(steps[1].size)) == (36, (32, 32)), steps
-    assert list(config["mean"]) == [0.4, 0.4, 0.4], config
-    assert timm.create_model("vit_small_patch8_224", img_size=32, embed_dim=64, depth=3,
-        num_heads=4, num_classes=0).load_state_dict(torch.load(f"{folder}/bare.pth"))
-elif kind == "hf":
-    from PIL import Image
-    from transformers import AutoImageProcessor, AutoModel
-    model = AutoModel.from_pretrained(f"{folder}/hf folder")
-    out = model(images)
-    found = out.last_hidden_state[:, 0]
-    assert torch.equal(found, out.pooler_output)
-    processor = AutoImageProcessor.from_pretrained(f"{folder}/hf folder")
-    white = processor(Image.new("RGB", (80, 50), "white"), return_tensors="pt").pixel_values
-    assert white.shape == (1, 3, 32, 32)
-    torch.testing.assert_close(white, torch.full((1, 3, 32, 32), 2.0))
-else:
-    import onnxruntime
-    found, _ = torch.jit.load(f"{folder}/graph.pt")(images)
-    session = onnxruntime.InferenceSession(f"{folder}/graph.onnx")
-    other = torch.from_numpy(session.run(["cls"], {"images": images.numpy()})[0])
-    assert abs(found - other).max() <= float(bound)
-assert abs(found - given["cls"]).max() <= float(bound)
-print("equal")
+
+model = timm.create_model(f"local-dir:{folder}/timm folder", pretrained=True).eval()
+found = {"timm": model(images)}
+config = timm.data.resolve_model_data_config(model)
+steps = timm.data.create_transform(**config).transforms
+assert (steps[0].size, tuple(steps[1].size)) == (36, (32, 32)), steps
+assert list(config["mean"]) == [0.4, 0.4, 0.4], config
+assert timm.create_model("vit_small_patch8_224", img_size=32, embed_dim=64, depth=3,
+    num_heads=4, num_classes=0).load_state_dict(torch.load(f"{folder}/bare.pth"))
+
+out = AutoModel.from_pretrained(f"{folder}/hf folder")(images)
+found["hf"] = out.last_hidden_state[:, 0]
+assert torch.equal(found["hf"], out.pooler_output)
+processor = AutoImageProcessor.from_pretrained(f"{folder}/hf folder")
+white = processor(Image.new("RGB", (80, 50), "white"), return_tensors="pt").pixel_values
+assert white.shape == (1, 3, 32, 32)
+torch.testing.assert_close(white, torch.full((1, 3, 32, 32), 2.0))
+
+found["torchscript"], _ = torch.jit.load(f"{folder}/graph.pt")(images)
+session = onnxruntime.InferenceSession(f"{folder}/graph.onnx")
+found["onnx"] = torch.from_numpy(session.run(["cls"], {"images": images.numpy()})[0])
+print(*(kind for kind, cls in found.items() if abs(cls - given["cls"]).max() <= bound))
 """
 
 
-@pytest.mark.parametrize("kind", ["timm", "hf", "graphs"])
-def test_targets_open_without_dinoscale(targets: dict[str, Path], kind: str) -> None:
+def test_targets_open_without_dinoscale(targets: dict[str, Path]) -> None:
     tensors, _ = _golden()
     folder = targets["bare.pth"].parent
     given = {"images": tensors["32x32.input"], "cls": tensors["32x32.cls"]}
     torch.save(given, folder / "given.pth")
-    words = [str(folder), kind, str(_bound(given["cls"]))]
+    words = [str(folder), str(_bound(given["cls"]))]
     command = [sys.executable, "-W", "ignore", "-c", _ELSEWHERE, *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=folder)
-    assert done.stdout == "equal\n", done.stderr
+    assert done.stdout == "timm hf torchscript onnx\n", done.stderr
 
 
 def test_reference_checkpoint_round_trips_with_its_head(tmp_path: Path) -> None:
@@ -347,12 +343,12 @@ def test_registers_and_layer_scale_have_an_exact_form_in_transformers(tmp_path: 
 
 
 def test_a_standard_model_has_the_names_that_timm_and_transformers_expect(tmp_path: Path) -> None:
-    source = _save(tmp_path / "s.safetensors", "vit_small_patch16_224", img_size=224)
-    card = convert(source, tmp_path / "s timm", to="timm")
+    source = _save(tmp_path / "t.safetensors", "vit_tiny_patch16_224", img_size=224)
+    card = convert(source, tmp_path / "t timm", to="timm")
     assert card["coverage"]["text"] == "150 of 150 tensors"
-    config = json.loads((tmp_path / "s timm" / "config.json").read_text())
-    assert config["architecture"] == "vit_small_patch16_224"
-    assert (config["num_features"], config["num_classes"]) == (384, 0)
+    config = json.loads((tmp_path / "t timm" / "config.json").read_text())
+    assert config["architecture"] == "vit_tiny_patch16_224"
+    assert (config["num_features"], config["num_classes"]) == (192, 0)
 
 
 @pytest.mark.parametrize("to", ["timm", "torchscript"])
