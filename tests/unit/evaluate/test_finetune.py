@@ -27,7 +27,7 @@ FAST = Recipe(epochs=4, batch_size=12, lr=0.1)
 OPTIONS = ExtractionOptions(num_workers=0, device="cpu", progress=False)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -78,34 +78,44 @@ def test_the_last_backbone_is_written_with_its_card(colors: Colors, tmp_path: Pa
     assert report["untrained"].keys() == report["score"].keys()
 
 
+HARD = Recipe(epochs=4, batch_size=12, lr=0.01)
+
+
+@pytest.fixture(scope="module")
+def whole(colors: Colors, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The report of a training that nobody interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "tuned.safetensors"
+    return _run(colors, recipe=HARD, sets=colors.hard, out=out, untrained=True)
+
+
 @pytest.mark.parametrize("times", [1, 3, 4, 6])
 def test_an_interrupted_training_resumes_to_the_same_numbers(
-    colors: Colors, tmp_path: Path, end_after: Callable[[int | None], None], times: int
+    colors: Colors,
+    whole: dict[str, Any],
+    tmp_path: Path,
+    end_after: Callable[[int | None], None],
+    times: int,
 ) -> None:
-    recipe, sets = Recipe(epochs=4, batch_size=12, lr=0.01), colors.hard
-    outs = [tmp_path / name / "tuned.safetensors" for name in ("whole", "ended")]
-    whole = _run(colors, recipe=recipe, sets=sets, out=outs[0], untrained=True)
+    out = tmp_path / "tuned.safetensors"
     end_after(times)
     with pytest.raises(KeyboardInterrupt):
-        _run(colors, recipe=recipe, sets=sets, out=outs[1], untrained=True)
-    assert outs[1].exists()
+        _run(colors, recipe=HARD, sets=colors.hard, out=out, untrained=True)
+    assert out.exists()
     end_after(None)
-    report = _run(colors, recipe=recipe, sets=sets, out=outs[1], untrained=True)
+    report = _run(colors, recipe=HARD, sets=colors.hard, out=out, untrained=True)
     names = ("out", "best_out")
     assert {k: v for k, v in report.items() if k not in names} == {
         k: v for k, v in whole.items() if k not in names
     }
     for name in names:
         assert Path(report[name]).read_bytes() == Path(whole[name]).read_bytes()
-    files = {path.name for path in outs[1].parent.glob("tuned*")}
+    files = {path.name for path in tmp_path.glob("tuned*")}
     assert files == {"tuned.safetensors", "tuned-best.safetensors"}
 
 
-def test_the_best_backbone_is_that_of_the_best_epoch(colors: Colors, tmp_path: Path) -> None:
-    recipe = Recipe(epochs=4, batch_size=12, lr=0.01)
-    report = _run(colors, recipe=recipe, sets=colors.hard, out=tmp_path / "t.safetensors")
-    best, last = (Path(report[name]).read_bytes() for name in ("best_out", "out"))
-    assert (best == last) == (report["chosen"]["epoch"] == 4)
+def test_the_best_backbone_is_that_of_the_best_epoch(whole: dict[str, Any]) -> None:
+    best, last = (Path(whole[name]).read_bytes() for name in ("best_out", "out"))
+    assert (best == last) == (whole["chosen"]["epoch"] == 4)
 
 
 def test_the_state_of_another_training_is_refused(
