@@ -13,7 +13,8 @@ from PIL import Image
 
 from dinoscale.config import dump_config
 from tests.distributed.tiny_run import tiny_config
-from tests.forked import Forked, start_module
+from tests.e2e.local_files import dinoscale_on_local_files
+from tests.forked import Forked
 from tests.ports import free_port
 
 pytestmark = pytest.mark.timeout(240)
@@ -38,7 +39,7 @@ def _start(*arguments: str, **variables: str) -> Forked:
         if not re.match(r"(RANK|WORLD_SIZE|LOCAL_|MASTER_|SLURM_|OMPI_|TORCHELASTIC|WANDB)", name)
     }
     environment = {**kept, "OMP_NUM_THREADS": "1", **variables}
-    return start_module("dinoscale", "doctor", *arguments, environment=environment)
+    return Forked(dinoscale_on_local_files, ["doctor", *arguments], environment=environment)
 
 
 def _end(process: Forked, *, code: int) -> tuple[str, str]:
