@@ -102,7 +102,7 @@ def _limited(
 
 
 class Ranks:
-    """`dinoscale train` on some processes."""
+    """`dinoscale train` on some processes, of which the last may have a limit of memory."""
 
     def __init__(
         self, folder: Path, *overrides: str, world_size: int, limit: int | None = None
@@ -118,7 +118,7 @@ class Ranks:
             environment = environment_of(rank, world_size=world_size, port=port)
             said = folder / f"said_{rank}.txt"
             said.unlink(missing_ok=True)
-            if limit is None:
+            if limit is None or rank < world_size - 1:
                 forked = start_module("dinoscale", *words, environment=environment, output=said)
                 self.processes.append(forked)
             else:
