@@ -121,12 +121,19 @@ def _start(photographs: Path, out: Path) -> subprocess.Popen[str]:
 _ARGUMENTS = ("build-shards", "--max-side", "100", "--shard-bytes", "64KiB", "--workers", "2")
 
 
+@pytest.fixture(scope="module")
+def whole(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shards of a build that nobody stopped."""
+    out = tmp_path_factory.mktemp("built") / "whole"
+    _result(*_ARGUMENTS, "--workers", "1", photographs, out)
+    return out
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_stopped_build_goes_on_to_the_same_bytes(
-    photographs: Path, tmp_path: Path, number: signal.Signals
+    photographs: Path, whole: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    _result(*_ARGUMENTS, "--workers", "1", photographs, whole)
+    out = tmp_path / "out"
     process = _start(photographs, out)
     if number == signal.SIGINT:
         os.killpg(process.pid, number)  # as Ctrl-C in a terminal
