@@ -118,6 +118,7 @@ def finish_plot(figure: Figure, caption: str) -> Plot:
             axes.spines[side].set_visible(False)
     svg, png = io.BytesIO(), io.BytesIO()
     figure.savefig(svg, format="svg", metadata={"Date": None})
+    figure.set_layout_engine("none")  # which takes longer than drawing, and is done
     figure.savefig(png, format="png", dpi=_DPI)
     return Plot(caption, svg.getvalue(), png.getvalue())
 
