@@ -105,12 +105,15 @@ def test_directory_that_turns_read_only_stops_saves_and_not_steps(tmp_path: Path
     assert newest_step(run.run_dir) == 3 * LAST
 
 
-FILES = (
-    "shard_00000.safetensors",
-    "shard_00001.safetensors",
-    "shared.safetensors",
-    "state.json",
-    "SHA256SUMS",
+# Step -> file and damage, of the newest checkpoints. Every pair is tried by the unit tests; these
+# start whole runs.
+DAMAGED = (
+    {16: ("shard_00000.safetensors", "truncated"), 12: ("shared.safetensors", "emptied")},
+    {
+        16: ("state.json", "missing"),
+        12: ("SHA256SUMS", "truncated"),
+        8: ("shard_00001.safetensors", "bit flipped"),
+    },
 )
 
 
@@ -122,26 +125,24 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return config.parent
 
 
-@pytest.mark.parametrize(
-    ("file", "damage"),
-    # Every pair is tried by the unit tests; these five start whole runs.
-    list(zip(FILES, [*DAMAGES, "truncated"], strict=True)),
-)
-def test_damaged_checkpoint_is_named_and_the_one_before_it_used(
-    finished: Path, tmp_path: Path, file: str, damage: str
+@pytest.mark.parametrize("damaged", DAMAGED)
+def test_damaged_checkpoints_are_named_and_the_one_before_them_used(
+    finished: Path, tmp_path: Path, damaged: dict[int, tuple[str, str]]
 ) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(finished / "run", run_dir)
     config = _config(tmp_path, keep_last=100)
-    DAMAGES[damage](directory(run_dir, LAST) / file)
+    for step, (file, damage) in damaged.items():
+        DAMAGES[damage](directory(run_dir, step) / file)
     run = RunProcesses(config)
     assert run.end() == [0, 0]
-    said = run.said()
-    assert str(directory(run_dir, LAST)) in said
-    assert file in said
-    assert "resuming from an older checkpoint" in said
-    assert f"resuming from {directory(run_dir, 12)}" in said
-    assert (run_dir / "checkpoints" / f"damaged_{directory(run_dir, LAST).name}").is_dir()
+    said = run.outputs[0].read_text()
+    for step, (file, _) in damaged.items():
+        path = directory(run_dir, step)
+        named = next(line for line in said.splitlines() if str(path) in line and file in line)
+        assert "resuming from an older checkpoint" in named
+        assert (run_dir / "checkpoints" / f"damaged_{path.name}").is_dir()
+    assert f"resuming from {directory(run_dir, min(damaged) - 4)}" in said
     assert same_checkpoint(directory(run_dir, LAST), directory(finished / "run", LAST))
 
 
