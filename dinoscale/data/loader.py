@@ -9,7 +9,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -92,6 +92,7 @@ def train_batches(
     num_workers: int,
     quotas: Sequence[int] | None = None,
     stream_readers: int = 8,
+    gram_counts: Callable[[int], bool] = lambda _step: True,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """Yield the micro-batches of one rank from step `start_step` to `stop_step`, exclusive.
@@ -115,6 +116,8 @@ def train_batches(
         num_workers: worker processes; 0 decodes in this process.
         quotas: draws from each source of a mixture in an epoch; None draws every image once.
         stream_readers: for a stream: lanes for each micro-batch of a step; see `StreamSampler`.
+        gram_counts: whether a step needs the Gram crops of an augmentation that cuts some. Its
+            other crops are those of a run without: a large JPEG file may be decoded smaller.
         pin_memory: hand out page-locked memory.
 
     Raises:
@@ -141,7 +144,9 @@ def train_batches(
     if isinstance(multi_crop, MultiCrop):
         multi_crop = MixedSizes([multi_crop], [1.0])
     crops = _TrainCrops(source, multi_crop, seed=seed)
-    requests = _Requests(sampler, rank=rank, start_step=start_step, stop_step=stop_step)
+    if not 0 <= start_step <= stop_step:
+        raise ValueError(f"need 0 <= start_step <= stop_step, got {start_step}, {stop_step}")
+    requests = _Requests(sampler, range(start_step, stop_step), gram_counts, rank=rank)
     return map_in_workers(crops, requests, num_workers=num_workers, pin_memory=pin_memory)
 
 
@@ -167,28 +172,29 @@ class Failure:
 
 
 class _Request(NamedTuple):
-    """The images of a micro-batch, and the step that it belongs to."""
+    """The images of a micro-batch, the step that it belongs to, and whether Gram crops are cut."""
 
     step: int
     draws: Draws
+    with_gram: bool
 
 
 class _Requests:
     """One rank's micro-batches, in order."""
 
-    def __init__(self, sampler: StepSampler, *, rank: int, start_step: int, stop_step: int):
-        if not 0 <= start_step <= stop_step:
-            raise ValueError(f"need 0 <= start_step <= stop_step, got {start_step}, {stop_step}")
-        self._sampler = sampler
-        self._rank = rank
-        self._steps = range(start_step, stop_step)
+    def __init__(
+        self, sampler: StepSampler, steps: range, gram_counts: Callable[[int], bool], *, rank: int
+    ):
+        self._sampler, self._rank = sampler, rank
+        self._steps, self._gram_counts = steps, gram_counts
 
     def __iter__(self) -> Iterator[_Request]:
         sampler = self._sampler
         for step in self._steps:
+            with_gram = self._gram_counts(step)
             for micro_batch in range(sampler.accumulation_steps):
                 draws = sampler.micro_batch(step, micro_batch=micro_batch, rank=self._rank)
-                yield _Request(step, draws)
+                yield _Request(step, draws, with_gram)
 
 
 class _TrainCrops(Dataset[Batch | Failure]):
@@ -201,13 +207,13 @@ class _TrainCrops(Dataset[Batch | Failure]):
 
     def __getitem__(self, request: _Request) -> Batch | Failure:
         try:
-            return self._batch(request.step, request.draws)
+            return self._batch(request)
         except Exception as error:
             return failure(error)
 
-    def _batch(self, step: int, draws: Draws) -> Batch:
-        multi_crop = self._sizes.of_step(step, seed=self._seed)
-        crops = multi_crop.arrays(count=len(draws.ids))
+    def _batch(self, request: _Request) -> Batch:
+        draws, multi_crop = request.draws, self._sizes.of_step(request.step, seed=self._seed)
+        crops = multi_crop.arrays(count=len(draws.ids), with_gram=request.with_gram)
         bad: list[BadSample] = []
         pairs = zip(draws.ids.tolist(), draws.repeats.tolist(), strict=True)
         for place, (sample, repeat) in enumerate(pairs):

@@ -140,8 +140,13 @@ class StepValues:
     local_weight: float = 1.0
     gram_weight: float = 1.0
 
+    @property
+    def gram_counts(self) -> bool:
+        """Whether a Gram loss has a weight: without one its network rests and has no crops."""
+        return self.gram_weight != 0
+
     def with_gram(self) -> "StepValues":
-        """The same in a step in which a Gram loss has a weight: without one its network rests."""
+        """The same in a step in which a Gram loss has a weight."""
         return replace(self, gram_weight=self.gram_weight or 1.0)
 
 

@@ -239,7 +239,7 @@ def _forward(
     batch: MicroBatch, student: Student, teacher: Teacher, now: StepValues, weights: LossWeights
 ) -> tuple[Tensor, Tensor]:
     """Loss of a micro-batch; and (2 + T,): loss, entropy of the class targets, terms."""
-    targets = teacher.targets(batch, temp=now.teacher_temp, gram_counts=now.gram_weight != 0)
+    targets = teacher.targets(batch, temp=now.teacher_temp, gram_counts=now.gram_counts)
     objective = MicroBatchLoss(
         targets,
         weights,

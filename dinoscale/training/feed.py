@@ -137,12 +137,19 @@ class Feed:
         self._config, self._plan, self._process, self._source = config, plan, process, source
         self._depth = depth
 
-    def steps(self, first: int, *, offset: int) -> Iterator[list[Batch]]:
+    def steps(
+        self,
+        first: int,
+        *,
+        offset: int,
+        gram_counts: Callable[[int], bool] = lambda _step: True,
+    ) -> Iterator[list[Batch]]:
         """The micro-batches of the steps from `first` to the end of the run.
 
         Args:
             first: step, from 0.
             offset: step s takes the images of step s + offset.
+            gram_counts: whether a step needs its Gram crops, in a run that has some.
         """
         config, plan = self._config, self._plan
         batches = train_batches(
@@ -158,6 +165,7 @@ class Feed:
             num_workers=config.data.num_workers,
             quotas=plan.quotas,
             stream_readers=config.data.stream_readers,
+            gram_counts=lambda step: gram_counts(step - offset),
             pin_memory=self._process.device.type == "cuda",
         )
         for _ in range(first, plan.stop_step):

@@ -196,7 +196,11 @@ class Run:
         """Take steps until the run ends or rolls back to a checkpoint."""
         watch = Stopwatch()
         self.data_wait.restarted()
-        steps = self.feed.steps(self.progress.step, offset=self.progress.data_offset)
+        steps = self.feed.steps(
+            self.progress.step,
+            offset=self.progress.data_offset,
+            gram_counts=lambda step: self.schedules.at(step).gram_counts,
+        )
         pending: deque[_LaunchedStep] = deque()
         for step in range(self.progress.step, self.plan.stop_step):
             self.watchdog.progress(f"waiting for the images of step {step + 1}")

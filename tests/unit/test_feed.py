@@ -195,5 +195,19 @@ def test_masks_and_gram_crops_of_a_step_have_its_sizes() -> None:
     assert [len(counts) for counts in masked.values()] == [1, 1]  # static shapes of each size
 
 
+def test_gram_crops_are_left_out_in_steps_whose_loss_has_no_weight() -> None:
+    config = tiny_config(
+        data={"train": "synthetic:shapes?images=8&size=32", "num_workers": 0},
+        train={"epochs": 6, "batch_size": 8, "micro_batch_size": 4},
+        gram={"loss_weight": 1.0, "refresh_every_steps": 1},
+    )
+    plan = resolve(config, world_size=1, num_images=8)
+    feed = Feed(config, plan, read_process({}), open_images(config), depth=2)
+    steps = feed.steps(2, offset=3, gram_counts=lambda step: step == 4)  # a step of the schedules
+    for step, batches in zip(range(2, 6), steps, strict=True):
+        for batch in feed.prepare(step, batches):
+            assert (batch.gram_crops is not None) == (step == 4)
+
+
 def test_nothing_is_masked_without_a_patch_loss() -> None:
     assert masks_of(tiny_config(), step=0, first_image=0, images=8) is None

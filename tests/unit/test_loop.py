@@ -13,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dinoscale.config.resolve import resolve
 from dinoscale.data.sources.bad_samples import BadSample, BadSampleLog
-from dinoscale.engine.build import loss_weights_of
+from dinoscale.engine.build import loss_weights_of, schedules_of
 from dinoscale.errors import DataError, LostPeerError
 from dinoscale.runtime.launcher_env import Process
 from dinoscale.training.hooks.data_wait import DataWait
@@ -95,3 +95,20 @@ def test_an_error_waits_for_the_checkpoint_being_written(error: Exception, waits
     with pytest.raises(type(error)):
         run.train()
     assert run.saver.wait.call_count == waits
+
+
+def test_the_loader_is_told_which_steps_have_a_gram_loss() -> None:
+    run: Any = Run.__new__(Run)
+    curve = {"start": 0.0, "peak": 0.0, "end": 2.0, "warmup_epochs": 1, "cosine_epochs": 1}
+    run.config = tiny_config(
+        gram={"loss_weight": 1.0, "teacher": "weights.pth"},
+        schedules={"gram_weight": curve},
+    )
+    run.plan = resolve(run.config, world_size=1, num_images=12)  # 2 steps an epoch
+    run.schedules = schedules_of(run.config, run.plan)
+    run.feed, run.data_wait = MagicMock(), MagicMock()
+    run.progress, run.plan = SimpleNamespace(step=0, data_offset=5), MagicMock(stop_step=0)
+    run._take_steps()
+    told = run.feed.steps.call_args.kwargs
+    assert told["offset"] == 5
+    assert [told["gram_counts"](step) for step in range(5)] == [False, False, False, True, True]

@@ -154,7 +154,7 @@ class SchedulesConfig(Section):
     gram_weight: CurveConfig | None = Field(
         default=None,
         description="Factor of gram.loss_weight; null: 1. Where it is 0, the Gram network does not "
-        "run.",
+        "run, and its crops are not cut.",
     )
     cosine_extra: PositiveOrZero = Field(
         default=0.0,

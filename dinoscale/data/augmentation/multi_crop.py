@@ -128,7 +128,7 @@ class MultiCrop:
 
         Args:
             picture: has as many channels as the arrays.
-            into: the arrays to write to.
+            into: the arrays to write to; Gram crops are cut if there is room for them.
             place: index of the picture in them.
             seed: seed of the run.
             epoch: from 0.
@@ -146,7 +146,7 @@ class MultiCrop:
             colored=self.colored,
         )
         sizes, of_crops = [spec.size for spec in self.specs], params
-        if self.gram_size:
+        if len(into.gram_crops):
             sizes += [self.gram_size] * NUM_GLOBAL
             of_gram = gram_params(
                 params[:NUM_GLOBAL],
@@ -167,9 +167,10 @@ class MultiCrop:
         for view, crop in zip(views, crops, strict=True):
             view[place] = crop
 
-    def arrays(self, *, count: int) -> CropArrays:
-        """Uninitialized arrays for the crops of `count` pictures."""
-        large, small, gram = self.specs[0].size, self.local_size, self.gram_size
+    def arrays(self, *, count: int, with_gram: bool = True) -> CropArrays:
+        """Uninitialized arrays for the crops of `count` pictures, with Gram crops or without."""
+        large, small = self.specs[0].size, self.local_size
+        gram = self.gram_size if with_gram else 0
         num_local, num_gram = len(self.specs) - NUM_GLOBAL, NUM_GLOBAL if gram else 0
         return CropArrays(
             np.empty((NUM_GLOBAL, count, large, large, self.channels), dtype=np.uint8),

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -21,7 +21,13 @@ STEPS = 8
 
 
 def _batches(
-    *, micro: int = 4, rank: int = 0, world: int = 1, first: int = 0, workers: int = 0
+    *,
+    micro: int = 4,
+    rank: int = 0,
+    world: int = 1,
+    first: int = 0,
+    workers: int = 0,
+    gram_counts: Callable[[int], bool] = lambda _step: True,
 ) -> Iterator[Batch]:
     return train_batches(
         Pictures(10, {}),
@@ -34,6 +40,7 @@ def _batches(
         start_step=first,
         stop_step=STEPS,
         num_workers=workers,
+        gram_counts=gram_counts,
     )
 
 
@@ -97,3 +104,24 @@ def test_boxes_and_colours_are_those_of_one_size() -> None:
         if _side(batch) == _side(other):
             assert torch.equal(batch.global_crops, other.global_crops)
             assert torch.equal(batch.local_crops, other.local_crops)
+
+
+def _some(step: int) -> bool:
+    return step % 3 == 1
+
+
+def test_gram_crops_are_cut_in_steps_that_need_them_and_change_no_other() -> None:
+    whole, some = list(_batches()), list(_batches(gram_counts=_some))
+    resumed = _batches(first=5, workers=1, gram_counts=_some)
+    for parts in (some, _batches(workers=2, gram_counts=_some), [*some[:5], *resumed]):
+        for step, (batch, other) in enumerate(zip(whole, parts, strict=True)):
+            assert torch.equal(batch.global_crops, other.global_crops)
+            assert torch.equal(batch.local_crops, other.local_crops)
+            np.testing.assert_array_equal(batch.params, other.params)
+            if _some(step):
+                assert torch.equal(batch.gram_crops, other.gram_crops)
+            else:
+                assert not len(other.gram_crops)
+    for rank in (0, 1):
+        of_rank = _batches(micro=1, rank=rank, world=2, gram_counts=_some)
+        assert [len(batch.gram_crops) for batch in of_rank] == [0, 0, 2, 2, 0, 0] * 2 + [0, 0, 2, 2]
