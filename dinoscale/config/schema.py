@@ -31,6 +31,7 @@ from dinoscale.config.sections.monitoring import CheckpointConfig, EvalConfig, L
 from dinoscale.config.sections.objectives import GramConfig, IbotConfig, KoleoConfig
 from dinoscale.config.sections.training import (
     REPLACED,
+    CurveConfig,
     OptimConfig,
     PhaseConfig,
     SchedulesConfig,
@@ -205,16 +206,25 @@ class RunConfig(Section):
         return lr * math.sqrt(batch_size / {"sqrt": 1024, "sqrt_64": 64}[self.optim.lr_scaling])
 
     @property
+    def lr_curve(self) -> CurveConfig | None:
+        """`schedules.lr`, peak and end scaled with the batch, the start as it is, as in DINOv3."""
+        curve = self.schedules.lr
+        if curve is None:
+            return None
+        scaled = {key: self.scaled_lr(getattr(curve, key)) for key in ("peak", "end")}
+        return curve.model_copy(update=scaled)
+
+    @property
     def peak_lr(self) -> float:
         """Highest learning rate, scaled with the batch."""
-        curve = self.schedules.lr
-        return self.scaled_lr(self.optim.lr if curve is None else max(curve.reached))
+        curve = self.lr_curve
+        return self.scaled_lr(self.optim.lr) if curve is None else max(curve.reached)
 
     @property
     def final_lr(self) -> float:
-        """Learning rate at the end of the run; `optim.min_lr` is not scaled, a curve is."""
-        curve = self.schedules.lr
-        return self.optim.min_lr if curve is None else self.scaled_lr(curve.end)
+        """Learning rate at the end of the run; `optim.min_lr` is not scaled, that of a curve is."""
+        curve = self.lr_curve
+        return self.optim.min_lr if curve is None else curve.end
 
     @property
     def warmup_epochs(self) -> int:

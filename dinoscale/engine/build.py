@@ -270,10 +270,8 @@ def loss_weights_of(config: RunConfig) -> LossWeights:
 def schedules_of(config: RunConfig, plan: RunPlan) -> Schedules:
     """The schedules of a run, from the recipe and the plan."""
     dino, optim, given = config.dino, config.optim, config.schedules
-    curves = {
-        name: _curve(curve, plan, scale=config.scaled_lr if name == "lr" else float)
-        for name, curve in given.curves.items()
-    }
+    wanted = given.curves | ({} if config.lr_curve is None else {"lr": config.lr_curve})
+    curves = {name: _curve(curve, plan) for name, curve in wanted.items()}
     return Schedules(
         steps_per_epoch=plan.steps_per_epoch,
         total_steps=plan.total_steps,
@@ -299,15 +297,15 @@ def schedules_of(config: RunConfig, plan: RunPlan) -> Schedules:
     )
 
 
-def _curve(config: CurveConfig, plan: RunPlan, *, scale: Callable[[float], float]) -> Curve:
-    """The curve in steps, its values scaled."""
+def _curve(config: CurveConfig, plan: RunPlan) -> Curve:
+    """The curve in steps."""
     warmup = config.warmup_epochs * plan.steps_per_epoch
     rest = plan.total_steps - warmup
     epochs = config.cosine_epochs
     return Curve(
-        start=scale(config.start),
-        peak=scale(config.peak),
-        end=scale(config.end),
+        start=config.start,
+        peak=config.peak,
+        end=config.end,
         warmup_steps=warmup,
         cosine_steps=rest if epochs is None else epochs * plan.steps_per_epoch,
     )

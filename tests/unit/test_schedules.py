@@ -5,6 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dinoscale.config import parse_config, resolve
+from dinoscale.engine.build import schedules_of
 from dinoscale.engine.schedules import Curve, Schedules, cosine, teacher_temp
 
 
@@ -160,6 +162,17 @@ def test_a_curve_stays_between_its_three_values_and_ends(
         assert values[warmup] == pytest.approx(peak, abs=1e-12)  # not on the step before
     if length > 1:
         assert values[warmup + length - 1] == pytest.approx(end, abs=1e-12)
+
+
+def test_peak_and_end_of_a_curve_of_the_rate_grow_with_the_batch_and_its_start_does_not() -> None:
+    curve = {"start": 1e-4, "peak": 1e-3, "end": 1e-5, "warmup_epochs": 1, "cosine_epochs": 1}
+    config = parse_config({"train": {"batch_size": 512}, "schedules": {"lr": curve}})
+    plan = resolve(config, world_size=1, num_images=1024)  # 2 steps an epoch
+    rates = [schedules_of(config, plan).at(step).lr for step in range(5)]
+    assert rates == pytest.approx([1e-4, 1.05e-3, 2e-3, 2e-5, 2e-5], rel=1e-14)
+    assert (plan.peak_lr, plan.min_lr) == (2e-3, 2e-5)
+    given = {"train": {"batch_size": 512}, "schedules": {"lr": curve | {"start": 0.5}}}
+    assert parse_config(given).peak_lr == 0.5
 
 
 def test_a_cosine_cut_from_a_longer_run_ends_at_the_final_value() -> None:

@@ -37,9 +37,9 @@ class OptimConfig(Section):
     )
     lr_scaling: Literal["linear", "sqrt", "sqrt_64"] = Field(
         default="linear",
-        description="How the peak rate, or all of schedules.lr, grows with the images of a step. "
-        "linear: lr x batch / 256. Source: [C]. sqrt: lr x sqrt(batch / 1024), as DINOv2 does. "
-        "sqrt_64: lr x sqrt(batch / 64), which is DINOv3's lr x 4 sqrt(batch / 1024).",
+        description="How the peak rate, or peak and end of schedules.lr, grow with the images of a "
+        "step. linear: lr x batch / 256. Source: [C]. sqrt: lr x sqrt(batch / 1024), as DINOv2 "
+        "does. sqrt_64: lr x sqrt(batch / 64), which is DINOv3's lr x 4 sqrt(batch / 1024).",
     )
     layer_decay: Fraction = Field(
         default=1.0,
@@ -131,8 +131,8 @@ class SchedulesConfig(Section):
 
     lr: CurveConfig | None = Field(
         default=None,
-        description="Learning rate before optim.lr_scaling; replaces optim.lr, min_lr and "
-        "warmup_epochs.",
+        description="Learning rate, peak and end before optim.lr_scaling, which leaves the start "
+        "as it is, as DINOv3's code does; replaces optim.lr, min_lr and warmup_epochs.",
     )
     weight_decay: CurveConfig | None = Field(
         default=None,
