@@ -341,13 +341,15 @@ def phases_of(config: RunConfig) -> tuple[RunConfig, ...]:
 
     Raises:
         ConfigError: a phase has settings that a run cannot have, a network that is not that of the
-            phase at whose end it begins, or no such phase.
+            phase at whose end it begins, no such phase, or the Gram teacher of no earlier one.
     """
     if not config.phases:
         return (config,)
     found: dict[str, RunConfig] = {}
     for number, phase in enumerate(config.phases):
-        found[phase.name] = _run_of(config, number, phase, before=_before(phase, found))
+        run = _run_of(config, number, phase, before=_before(phase, found))
+        _require_earlier_teacher(phase.name, run, [*found.values()])
+        found[phase.name] = run
     return tuple(found.values())
 
 
@@ -456,6 +458,18 @@ def _require_gram_network(phase: PhaseConfig, before: RunConfig, run: RunConfig)
         "(gram.loss_weight=0); give weights, or let the EMA teacher be taken over with "
         "gram.refresh_every_steps"
     )
+
+
+def _require_earlier_teacher(name: str, run: RunConfig, earlier: Sequence[RunConfig]) -> None:
+    """Refuse a Gram teacher in the folder of a phase that does not come before this one."""
+    if not run.gram.teacher_lies_in(Path(run.run_dir).parent):
+        return
+    if not any(run.gram.teacher_lies_in(other.run_dir) for other in earlier):
+        known = ", ".join(Path(other.run_dir).name for other in earlier) or "none"
+        raise ConfigError(
+            f"phases.{name}.gram.teacher: {run.gram.teacher} is not in the folder of an earlier "
+            f"phase of this run ({known}); give one of these, or other weights"
+        )
 
 
 def _tensors(config: RunConfig) -> dict[str, Any]:

@@ -8,6 +8,7 @@ as after a crash.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,36 @@ def require_own_directory(config: RunConfig, runs: Sequence[RunConfig]) -> None:
     for folder in phase_directories(run_dir):
         if folder.name not in own and checkpoints(folder):
             raise ConfigError(f"run_dir: {folder} is of a phase that this run has not; {remedy}")
+
+
+def require_gram_teachers(config: RunConfig, runs: Sequence[RunConfig]) -> None:
+    """Refuse weights for a Gram network that are not there, also those of a phase to come.
+
+    A phase that has begun has them in its checkpoints, and an earlier phase of the run will write
+    those in its folder.
+
+    Args:
+        config: of the run.
+        runs: of its phases, from `phases_of`.
+
+    Raises:
+        ConfigError: some are missing.
+    """
+    for index, run in enumerate(runs):
+        teacher = run.gram.teacher if run.gram.loss_weight else None
+        if teacher is None or checkpoints(Path(run.run_dir)):
+            continue
+        if any(run.gram.teacher_lies_in(other.run_dir) for other in runs[:index]):
+            continue
+        try:
+            os.stat(teacher)
+        except (OSError, ValueError) as error:
+            of_phase = f"phases.{config.phases[index].name}." if config.phases else ""
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ConfigError(
+                f"{of_phase}gram.teacher: {teacher}: {reason}; give weights that are there when the"
+                " run starts, or those of an earlier phase, {run_dir}/phases/NN_NAME"
+            ) from error
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,11 @@ from dinoscale.training.hooks.held_out import HeldOut
 from dinoscale.training.hooks.online_knn import OnlineKnn, drawn_images_caution
 from dinoscale.training.loop import Run
 from dinoscale.training.micro_batch.search import find_micro_batch
-from dinoscale.training.phases import next_phase, require_own_directory
+from dinoscale.training.phases import (
+    next_phase,
+    require_gram_teachers,
+    require_own_directory,
+)
 from dinoscale.training.resume import (
     batch_norm_caution,
     find_checkpoint,
@@ -100,6 +104,7 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
         require_alike(config, process, members)
         runs, is_first = phases_of(config), process.rank == 0
         distributed.together(lambda: require_own_directory(config, runs) if is_first else None)
+        distributed.together(lambda: require_gram_teachers(config, runs) if is_first else None)
         if not config.phases:
             return _train(config, process, members, stop, watchdog)
         for run in runs:  # a mistake in the last phase must not wait for it

@@ -6,6 +6,8 @@ patches, Sablayrolles et al. 2018 (arXiv:1806.03198) for KoLeo; code of Simeoni 
 """
 
 import math
+import os
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -197,6 +199,12 @@ class GramConfig(Section):
             return 0
         every = self.refresh_every_steps
         return None if every is None else max(-(-self.first_refresh_step // every), 1) * every
+
+    def teacher_lies_in(self, folder: str | Path) -> bool:
+        """Whether the weights of a Gram network are in a folder, by their path alone."""
+        if self.teacher is None or not self.loss_weight:
+            return False
+        return Path(os.path.abspath(self.teacher)).is_relative_to(os.path.abspath(folder))
 
     def mistakes(self, *, masks: bool, continues: bool) -> list[str]:
         """What does not go together.

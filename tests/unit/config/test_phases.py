@@ -128,6 +128,26 @@ def test_the_gram_network_may_be_a_teacher_of_the_run_itself(chain: str) -> None
         assert run.train.init_from == f"{run_dir}/phases/02_large"
 
 
+@pytest.mark.parametrize("folder", ["03_last", "02_lage", ""])
+def test_a_gram_network_of_the_run_itself_is_of_an_earlier_phase(chain: str, folder: str) -> None:
+    given = ["phases.last.gram.loss_weight=1.0", "run_dir=runs/x"]
+    for path in ("{run_dir}/phases/", "./runs//x/phases/", f"{Path.cwd()}/runs/x/phases/"):
+        teacher = path + folder
+        with pytest.raises(ConfigError) as refused:
+            load_config(chain, [*given, f"phases.last.gram.teacher={teacher}"])
+        assert str(refused.value) == (
+            f"phases.last.gram.teacher: {teacher.replace('{run_dir}', 'runs/x')} is not in the "
+            "folder of an earlier phase of this run (01_small, 02_large); give one of these, or "
+            "other weights"
+        )
+
+
+def test_the_first_phase_has_no_earlier_one_to_be_its_gram_network(chain: str) -> None:
+    teacher = "phases.small.gram.teacher={run_dir}/phases/01_small"
+    with pytest.raises(ConfigError, match=r"earlier phase of this run \(none\)"):
+        load_config(chain, ["phases.small.gram.loss_weight=1.0", teacher])
+
+
 def test_a_run_without_phases_has_none_to_choose() -> None:
     with pytest.raises(ConfigError, match="phase: 'large' is not one; the run has no phases"):
         load_config("quickstart", ["phase=large"])
