@@ -1,4 +1,4 @@
-"""A run that draws the sizes of its crops for each step: split over ranks, and interrupted."""
+"""A run that draws the sizes of its crops for each step: on any ranks, stages and images."""
 
 import json
 import os
@@ -12,14 +12,25 @@ from safetensors.torch import load_file
 from dinoscale.checkpoint.layout import directory, shard_file
 from tests.distributed.tiny_run import dinov2, tiny_config
 from tests.harness import run_distributed
+from tests.unit.data.conftest import jpeg, write_tar
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 STOP, LAST = 3, 6
+IMAGES = 16
+# Stage, images and precision: each two of them together. Stage 2 draws its images, in fp32.
+PAIRS = [
+    *("0_drawn_fp32", "1_drawn_bf16", "3_drawn_bf16"),
+    *("0_streamed_bf16", "1_streamed_fp32", "3_streamed_fp32"),
+]
+BF16 = torch.finfo(torch.bfloat16).eps  # relative; of losses, which are means over many roundings
 LOGGED = ("loss", "dino_loss", "ibot_loss", "gram_loss", "grad_norm", "global_size", "local_size")
 
 
-def _run(run_dir: Path, *, stop: int = LAST, workers: int = 0) -> dict[str, Any]:
+def _run(
+    run_dir: Path, *, kind: str = "2_drawn_fp32", stop: int = LAST, workers: int = 0
+) -> dict[str, Any]:
+    stage, images, precision = kind.split("_")
     mixture = [
         {"weight": 0.6, "global_size": 32, "local_size": 16, "gram_crop_size": 64},
         {"weight": 0.12, "global_size": 48, "local_size": 16},
@@ -34,10 +45,25 @@ def _run(run_dir: Path, *, stop: int = LAST, workers: int = 0) -> dict[str, Any]
         ibot={"mask_rule": "dinov3", "mask_group": 2},
         koleo={"loss_weight": 0.0},
         gram={"loss_weight": 1.0, "refresh_every_steps": 1},
-        engine={"zero_stage": 2, "precision": "fp32"},
+        engine={"zero_stage": int(stage), "precision": precision},
         train=train,
-        data={"train": "synthetic:shapes?images=16&size=40", "num_workers": workers},
+        data=_images(run_dir.parent, images) | {"num_workers": workers},
     )
+
+
+def _images(folder: Path, images: str) -> dict[str, Any]:
+    if images == "drawn":
+        return {"train": f"synthetic:shapes?images={IMAGES}&size=40"}
+    shards, manifest = f"pipe:cat {folder}/{{0..1}}.tar", str(folder / "manifest.json")
+    return {"train": shards, "manifest": manifest, "stream_readers": 2, "shuffle_buffer": 3}
+
+
+def _write_shards(folder: Path) -> None:
+    for shard in range(2):
+        keys = range(shard * IMAGES // 2, (shard + 1) * IMAGES // 2)
+        write_tar(folder / f"{shard}.tar", [(f"{key:02}.jpg", jpeg(key)) for key in keys])
+    shards = [{"name": f"{shard}.tar", "samples": IMAGES // 2} for shard in range(2)]
+    (folder / "manifest.json").write_text(json.dumps({"format": 1, "shards": shards}))
 
 
 def train_all(runs: list[dict[str, Any]]) -> None:
@@ -45,18 +71,21 @@ def train_all(runs: list[dict[str, Any]]) -> None:
     from dinoscale.runtime.launcher_env import read_process
     from dinoscale.training.trainer import train
 
+    os.environ["DINOSCALE_ALLOW_PIPE"] = "1"
     for run in runs:
         train(tiny_config(**run), read_process(os.environ))
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """On 2 ranks a run, and one that is interrupted; on 1 rank one with 2 micro-batches."""
+    """On 2 ranks a run, one that is interrupted, `PAIRS`; on 1 rank one with 2 micro-batches."""
     root = tmp_path_factory.mktemp("mixed")
+    _write_shards(root)
     on_two = [
         _run(root / "whole"),
         _run(root / "resumed", stop=STOP, workers=1),
         _run(root / "resumed"),
+        *(_run(root / kind, kind=kind) for kind in PAIRS),
     ]
     function = "tests.distributed.test_mixed_sizes:train_all"
     for ranks, jobs in ((2, on_two), (1, [_run(root / "accumulated")])):
@@ -85,3 +114,20 @@ def test_resume_is_bitwise_identical_with_and_without_workers(runs: Path) -> Non
         first, second = map(load_file, files)
         assert first.keys() == second.keys()
         assert [key for key in first if not torch.equal(first[key], second[key])] == []
+
+
+@pytest.mark.parametrize("kind", PAIRS[:-1])
+def test_sizes_are_drawn_alike_at_every_stage_from_any_images_in_any_precision(
+    runs: Path, kind: str
+) -> None:
+    _, images, precision = kind.split("_")
+    of_images = "whole" if images == "drawn" else PAIRS[-1]
+    found, expected = _logged(runs / kind), _logged(runs / of_images)
+    sizes = ("global_size", "local_size")
+    of_whole = [[line[size] for size in sizes] for line in _logged(runs / "whole")]
+    assert [[line[size] for size in sizes] for line in found] == of_whole
+    for here, there in zip(found, expected, strict=True):
+        if precision == "fp32":
+            assert here == pytest.approx(there, rel=1e-5, abs=1e-7)
+        else:
+            assert here["loss"] == pytest.approx(there["loss"], rel=BF16)
