@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from dinoscale.checkpoint.layout import directory, shard_file
+from dinoscale.data.augmentation.mixed_sizes import drawn_size
 from tests.distributed.tiny_run import dinov2, tiny_config
 from tests.harness import run_distributed
 from tests.unit.data.conftest import jpeg, write_tar
@@ -17,6 +19,8 @@ from tests.unit.data.conftest import jpeg, write_tar
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 STOP, LAST = 3, 6
+WEIGHTS = (0.6, 0.12, 0.28)
+SIDES = ((32, 16, 64), (48, 16, 48), (48, 24, 72))  # of global, local and Gram crops, in pixels
 IMAGES = 16
 # Stage, images and precision: each two of them together. Stage 2 draws its images, in fp32.
 PAIRS = [
@@ -31,11 +35,12 @@ def _run(
     run_dir: Path, *, kind: str = "2_drawn_fp32", stop: int = LAST, workers: int = 0
 ) -> dict[str, Any]:
     stage, images, precision = kind.split("_")
+    keys = ("weight", "global_size", "local_size", "gram_crop_size")
     mixture = [
-        {"weight": 0.6, "global_size": 32, "local_size": 16, "gram_crop_size": 64},
-        {"weight": 0.12, "global_size": 48, "local_size": 16},
-        {"weight": 0.28, "global_size": 48, "local_size": 24, "gram_crop_size": 72},
+        dict(zip(keys, (weight, *sides), strict=True))
+        for weight, sides in zip(WEIGHTS, SIDES, strict=True)
     ]
+    del mixture[1]["gram_crop_size"]  # then as large as the global crop
     train = {"epochs": 2, "batch_size": 4, "micro_batch_size": 2, "stop_after_steps": stop}
     return {"run_dir": str(run_dir)} | dinov2(
         "centering",
@@ -67,13 +72,26 @@ def _write_shards(folder: Path) -> None:
 
 
 def train_all(runs: list[dict[str, Any]]) -> None:
-    """On every rank: train each of `runs`, arguments of `tiny_config`."""
+    """On every rank: train each of `runs`, arguments of `tiny_config`.
+
+    How many patches each forward sees goes to a file in the run's directory.
+    """
+    from dinoscale.models.vit import PatchEmbed
     from dinoscale.runtime.launcher_env import read_process
     from dinoscale.training.trainer import train
 
     os.environ["DINOSCALE_ALLOW_PIPE"] = "1"
-    for run in runs:
-        train(tiny_config(**run), read_process(os.environ))
+    process, counts = read_process(os.environ), list[int]()
+
+    def count(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        if isinstance(module, PatchEmbed):
+            counts.append(len(inputs[0]))
+
+    with register_module_forward_pre_hook(count):
+        for run in runs:
+            counts.clear()
+            train(tiny_config(**run), process)
+            (Path(run["run_dir"]) / f"patches_{process.rank}.json").write_text(json.dumps(counts))
 
 
 @pytest.fixture(scope="module")
@@ -116,17 +134,29 @@ def test_resume_is_bitwise_identical_with_and_without_workers(runs: Path) -> Non
         assert [key for key in first if not torch.equal(first[key], second[key])] == []
 
 
-@pytest.mark.parametrize("kind", PAIRS[:-1])
-def test_sizes_are_drawn_alike_at_every_stage_from_any_images_in_any_precision(
+def _patches() -> list[int]:
+    """Of each forward of a rank: teacher, Gram network once it has weights, student."""
+    found = []
+    for step in range(LAST):
+        sides = SIDES[drawn_size(WEIGHTS, seed=0, step=step)]
+        of_global, of_local, of_gram = (4 * (side // 8) ** 2 for side in sides)  # 2 views, 2 images
+        found += [of_global, *([of_gram] if step else []), of_global + of_local]
+    return found
+
+
+@pytest.mark.parametrize("kind", ["whole", *PAIRS])
+def test_crops_have_the_sizes_drawn_at_every_stage_from_any_images_in_any_precision(
     runs: Path, kind: str
 ) -> None:
+    for rank in (0, 1):
+        assert json.loads((runs / kind / f"patches_{rank}.json").read_text()) == _patches()
+
+
+@pytest.mark.parametrize("kind", PAIRS[:-1])
+def test_stages_and_precisions_agree_on_the_same_images(runs: Path, kind: str) -> None:
     _, images, precision = kind.split("_")
     of_images = "whole" if images == "drawn" else PAIRS[-1]
-    found, expected = _logged(runs / kind), _logged(runs / of_images)
-    sizes = ("global_size", "local_size")
-    of_whole = [[line[size] for size in sizes] for line in _logged(runs / "whole")]
-    assert [[line[size] for size in sizes] for line in found] == of_whole
-    for here, there in zip(found, expected, strict=True):
+    for here, there in zip(_logged(runs / kind), _logged(runs / of_images), strict=True):
         if precision == "fp32":
             assert here == pytest.approx(there, rel=1e-5, abs=1e-7)
         else:

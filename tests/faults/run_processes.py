@@ -32,7 +32,8 @@ from tests.ports import free_port
 
 RANKS = 2
 IMAGES, BATCH = 128, 8  # 16 steps an epoch
-_NUMBERS = ("loss", "teacher_entropy", "grad_norm", "dino_loss", "ibot_loss", "koleo_loss")
+_NUMBERS = ("loss", "teacher_entropy", "grad_norm")
+_TERMS = ("dino_loss", "ibot_loss", "koleo_loss", "gram_loss")
 
 
 def write_config(folder: Path, *, stage: int, epochs: int, **changes: dict[str, Any]) -> Path:
@@ -246,7 +247,9 @@ def losses(run_dir: Path) -> dict[int, tuple[float, ...]]:
         except ValueError:
             continue
         if "loss" in record:
-            found[int(record["step"])] = tuple(record[name] for name in _NUMBERS if name in record)
+            found[int(record["step"])] = tuple(
+                record[name] for name in (*_NUMBERS, *_TERMS) if name in record
+            )
     return found
 
 
@@ -268,8 +271,8 @@ def same_checkpoint(first: Path, second: Path) -> bool:
             return False
         if not all(torch.equal(here[key], there[key]) for key in here):
             return False
-    same_steps = one.state["optimizer_steps"] == other.state["optimizer_steps"]
-    return same_steps and one.state["progress"] == other.state["progress"]
+    counts = ("optimizer_steps", "progress", "gram_refreshes")
+    return all(one.state[name] == other.state[name] for name in counts)
 
 
 def run_launcher(words: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:
