@@ -105,7 +105,7 @@ so has a resumed run. `crops.global_size` and `crops.local_size` are then the la
 be left out; those that a file inherits, or that a phase changes, give way to the mixture, and so
 does `gram.crop_size`. A run cannot resume with another mixture. `plan` gives the memory of the
 largest sizes and the mean time, `bench step` and `bench data` measure the largest alone, and log
-lines hold the sizes of their step.
+lines hold the sizes of their step. The last phase of `dinov3_vit7b16` has the five published sizes.
 
 ## Micro-batches
 

@@ -355,7 +355,8 @@ class RunConfig(Section):
         """The same of a run of one size."""
         crops = self.crops
         sizes = {"crops.global_size": crops.global_size}
-        if crops.num_local:
+        # With rotary positions pixels beyond the last whole patch may be left out, as in DINOv3.
+        if crops.num_local and (not self.model.rotates or crops.local_size < patch):
             sizes["crops.local_size"] = crops.local_size
         if self.gram.loss_weight and self.gram.crop_size is not None:
             sizes["gram.crop_size"] = self.gram.crop_size

@@ -20,7 +20,8 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 STOP, LAST = 3, 6
 WEIGHTS = (0.6, 0.12, 0.28)
-SIDES = ((32, 16, 64), (48, 16, 48), (48, 24, 72))  # of global, local and Gram crops, in pixels
+# Of global, local and Gram crops, in pixels; of 20 the network sees 2 x 2 patches of 8.
+SIDES = ((32, 16, 64), (48, 20, 48), (48, 24, 72))
 IMAGES = 16
 # Stage, images and precision: each two of them together. Stage 2 draws its images, in fp32.
 PAIRS = [
@@ -45,6 +46,7 @@ def _run(
     return {"run_dir": str(run_dir)} | dinov2(
         "centering",
         patch_head=False,
+        model={"rope": {"rescale": 2.0}, "num_heads": 5},
         crops={"global_size": 48, "local_size": 24, "mixture": mixture},
         # As many masked patches on each rank: the center of patches averages the ranks' means.
         ibot={"mask_rule": "dinov3", "mask_group": 2},

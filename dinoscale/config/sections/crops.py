@@ -49,7 +49,10 @@ class CropsConfig(Section):
     )
     local_size: Count = Field(
         default=96,
-        description="Side of a local crop in pixels; with a mixture its largest one. Source: [C].",
+        description="Side of a local crop in pixels; with a mixture its largest one. Source: [C]. "
+        "With rotary positions it need not be whole patches: the network leaves out the pixels "
+        "right and below of the last whole one, as DINOv3's does with 168 px, of which it sees "
+        "10 x 10 patches of 16.",
     )
     local_scale: Pair = Field(default=(0.05, 0.4), description="Area of a local crop. Source: [C].")
     num_local: CountOrZero = Field(default=8, description="Local crops per image. Source: [C].")

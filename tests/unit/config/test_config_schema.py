@@ -154,6 +154,14 @@ def test_crops_must_be_whole_patches() -> None:
     ]
 
 
+def test_with_rotary_positions_local_crops_may_have_pixels_beyond_the_last_patch() -> None:
+    assert _config(model__rope={}, crops__local_size=168).crops.local_size == 168
+    assert _messages(model__rope={}, crops__global_size=264, crops__local_size=15) == [
+        "crops.global_size: 264 px is not a multiple of the patch size 16 px; nearest: 256 or 272",
+        "crops.local_size: 15 px is not a multiple of the patch size 16 px; nearest: 16",
+    ]
+
+
 def test_patch_size_comes_from_the_key_then_from_the_name() -> None:
     assert _config(model__backbone="vit_small_patch8_224").model.effective_patch_size == 8
     config = _config(model__patch_size=4, crops__local_size=36)

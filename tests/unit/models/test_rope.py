@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -51,6 +52,14 @@ def test_it_has_no_learned_positions_and_sees_where_a_patch_is() -> None:
     assert not torch.allclose(model(list([images])), model([moved]))
     assert model.features(torch.randn(1, 3, 24, 56).double()).shape == (1, 3 + 21, 24)
     assert model.layout_of([(2, 32)]) == ((2, 3 + 16),)
+
+
+def test_pixels_beyond_the_last_whole_patch_are_left_out() -> None:
+    model, (images, crops), changes = _vit(), _crops(), _changes()
+    beyond = F.pad(crops, (0, 4, 0, 7), value=9.0)  # right and below, less than a patch
+    whole = model([images, crops], coordinates=changes)
+    assert torch.equal(model([images, beyond], coordinates=changes), whole)
+    assert model.layout_of([(3, 16 + 7)]) == model.layout_of([(3, 16)])
 
 
 def test_each_resolution_and_block_has_its_own_changes() -> None:
