@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dinoscale.config import RunConfig, RunPlan, parse_config, resolve
+from dinoscale.config import RunConfig, RunPlan, load_config, parse_config, resolve
 from dinoscale.engine.build import schedules_of, shapes_only
 from dinoscale.engine.param_groups import NO_DECAY, PROTOTYPES, param_groups, rate_factors
 from dinoscale.engine.schedules import Curve, StepValues, cosine
@@ -282,3 +283,56 @@ def test_released_recipes_with_curves(
 
 def _floats(curve: dict[str, Any]) -> dict[str, Any]:
     return {k: float(v) if k in ("start", "peak", "end") else v for k, v in curve.items()}
+
+
+# Name of the record -> our preset, its phase, and the phase after whose end its steps count.
+PRESETS: dict[str, tuple[str, str | None, str | None]] = {
+    "vitl16_short": ("dinov2_vitl16", None, None),
+    "vitl14": ("dinov2_vitl14", None, None),
+    "vitg14": ("dinov2_vitg14", None, None),
+    "vitl_im1k_lin834": ("dinov3_vitl16_in1k", None, None),
+    "dinov3_vit7b16_pretrain": ("dinov3_vit7b16", "pretrain", None),
+    "dinov3_vit7b16_gram_anchor": ("dinov3_vit7b16", "gram", "pretrain"),
+    "dinov3_vit7b16_high_res_adapt": ("dinov3_vit7b16", "high_resolution", None),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_schedules_of_the_released_recipes(
+    golden23_json: Json, golden23_tensors: Tensors, name: str
+) -> None:
+    """Every recorded number, as far as our phase goes; its weights beside those of the losses."""
+    case, tensors = _case(golden23_json, name), golden23_tensors("recipe_schedules")
+    preset, phase, before = PRESETS[name]
+    config, plan = _of_preset(preset, phase, case)
+    first = 0 if before is None else _of_preset(preset, before, case)[1].total_steps
+    steps = tensors[f"{name}.iterations"].tolist()
+    rows = [row for row, step in enumerate(steps) if 0 <= step - first < plan.total_steps]
+    assert len(rows) > 5
+    assert {0, plan.total_steps - 1} <= {steps[row] - first for row in rows}
+    if phase != "high_resolution":  # a third of the record, as in the paper
+        assert plan.total_steps == case["iterations"] - first
+    of_steps = {key: tensors[key][rows] for key in tensors if key.startswith(f"{name}.")}
+    schedules = schedules_of(config, plan)
+    ours = [
+        replace(
+            now,
+            local_weight=now.local_weight * config.dino.loss_weight,
+            gram_weight=now.gram_weight * config.gram.loss_weight,
+        )
+        for now in (schedules.at(steps[row] - first) for row in rows)
+    ]
+    weights = [kind for kind in ("local", "gram") if case[f"{kind}_loss_weight_schedule"]]
+    _require(ours, case, of_steps, weights)
+    for kind, without in (("local", 1.0), ("gram", 0.0)):
+        if kind not in weights:
+            assert {getattr(now, f"{kind}_weight") for now in ours} == {without}
+
+
+def _of_preset(name: str, phase: str | None, case: dict[str, Any]) -> tuple[RunConfig, RunPlan]:
+    """A preset, or a phase of it, on the recorded ranks with the recorded images a step."""
+    batch_size = f"train.batch_size={case['ranks'] * case['batch_size_per_gpu']}"
+    chosen = [batch_size] if phase is None else [f"phases.{phase}.{batch_size}", f"phase={phase}"]
+    config = load_config(name, chosen)
+    assert config.train.steps_per_epoch == case["epoch_length"]
+    return config, resolve(config, world_size=case["ranks"], num_images=14_197_122)
