@@ -1,12 +1,13 @@
 """The presets against the published tables, typed here a second time."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from dinoscale import cli
-from dinoscale.config import RunConfig, list_presets, load_config, resolve
+from dinoscale.config import RunConfig, list_presets, load_config, phases_of, resolve
 from dinoscale.config.sections.backbones import RopeConfig
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -107,21 +108,182 @@ def test_boosted_preset_changes_what_the_table_says() -> None:
     assert load_config("vit_s16_boosted300") == changed
 
 
-def test_derived_presets_change_what_they_say() -> None:
-    tiny = load_config("vit_s16", ["model.backbone=vit_tiny_patch16_224", "run_dir=runs/vit_t16"])
-    assert load_config("vit_t16") == tiny
-    large = load_config(
+# Derived preset: the one that it is derived from, and all that differs.
+DERIVED: dict[str, tuple[str, dict[str, object]]] = {
+    "vit_t16": ("vit_s16", {"model.backbone": "vit_tiny_patch16_224"}),
+    "vit_l16": (
         "vit_b16",
-        [
-            "model.backbone=vit_large_patch16_224",
-            "model.drop_path_rate=0.2",
-            "optim.lr=5e-4",
-            "train.epochs=250",
-            "train.micro_batch_size=16",
-            "run_dir=runs/vit_l16",
-        ],
-    )
-    assert load_config("vit_l16") == large
+        {
+            "model.backbone": "vit_large_patch16_224",
+            "model.drop_path_rate": 0.2,
+            "optim.lr": 5e-4,
+            "train.epochs": 250,
+            "train.micro_batch_size": 16,
+        },
+    ),
+    "dinov2_vits16": (
+        "dinov2_vitl16",
+        {
+            "model.backbone": "vit_small_patch16_224",
+            "model.drop_path_rate": 0.1,
+            "train.batch_size": 1024,
+            "train.micro_batch_size": 128,
+        },
+    ),
+    "dinov2_vitb16": (
+        "dinov2_vitl16",
+        {
+            "model.backbone": "vit_base_patch16_224",
+            "model.drop_path_rate": 0.2,
+            "train.batch_size": 1024,
+        },
+    ),
+    "dinov3_vits16": (
+        "dinov3_vitb16",
+        {"model.backbone": "vit_small_patch16_dinov3_qkvb", "model.drop_path_rate": 0.1},
+    ),
+    "dinov3_vitl16": (
+        "dinov3_vitb16",
+        {"model.backbone": "vit_large_patch16_dinov3_qkvb", "model.drop_path_rate": 0.3},
+    ),
+}
+
+
+def _changes(before: RunConfig, after: RunConfig) -> dict[str, object]:
+    """Settings by dotted key whose values differ, with those of `after`; without the folder."""
+    old, new = (_flat(config.model_dump()) for config in (before, after))
+    assert old.keys() == new.keys()
+    return {key: new[key] for key in new if new[key] != old[key] and key != "run_dir"}
+
+
+def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    found: dict[str, object] = {}
+    for key, value in values.items():
+        inner = _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else None
+        found |= {f"{prefix}{key}": value} if inner is None else inner
+    return found
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_derived_presets_change_what_they_say_and_nothing_else(name: str) -> None:
+    parent, changes = DERIVED[name]
+    ours = load_config(name)
+    assert _changes(load_config(parent), ours) == changes
+    assert ours.run_dir == f"runs/{name}"
+
+
+def test_the_resolution_phase_of_dinov2_changes_what_it_says() -> None:
+    pretrain, large = phases_of(load_config("dinov2_vitl14_518"))
+    assert _changes(load_config("dinov2_vitl14"), pretrain) == {}
+    assert _changes(pretrain, large) == {
+        "seed": 1,
+        "crops.global_size": 518,
+        "dino.warmup_teacher_temp_epochs": 1,
+        "dino.freeze_last_layer_epochs": 0,
+        "optim.lr": 2e-4 / 5,
+        "optim.warmup_epochs": 1,
+        "train.continue_from": pretrain.run_dir,
+        "train.epochs": 8,  # 10,000 steps
+        "train.micro_batch_size": 8,
+    }
+
+
+def test_the_phases_of_the_7b_are_the_published_ones() -> None:
+    pretrain, gram, large = phases_of(load_config("dinov3_vit7b16"))
+    for config, images, steps in (
+        (pretrain, 4096, 10**6),
+        (gram, 4096, 200_000),
+        (large, 2048, 10**4),
+    ):
+        plan = resolve(config, world_size=256, num_images=1_689_000_000)
+        assert (plan.batch_size, plan.total_steps, plan.accumulation_steps) == (images, steps, 1)
+        layers, optim = config.model.layers, config.optim
+        assert layers is not None
+        assert (layers.embed_dim, layers.depth, layers.num_heads) == (4096, 40, 32)
+        assert (layers.registers, layers.ffn, layers.qkv_bias) == (4, "swiglu", False)
+        assert (config.model.drop_path_rate, config.model.norm_eps) == (0.4, 1e-5)
+        assert (optim.betas, optim.layer_decay, optim.clip_grad) == ((0.9, 0.99), 0.98, 30.0)
+        heads = (config.head, config.patch_head)
+        assert [(h.num_prototypes, h.hidden_dim, h.bottleneck_dim) for h in heads if h] == [
+            (262144, 8192, 512),
+            (98304, 4096, 384),
+        ]
+    assert [run.sizes_text for run in gram.of_sizes] == ["global 256, local 112, Gram 512 px"]
+    assert [(w, r.sizes_text) for w, r in zip(large.size_weights, large.of_sizes, strict=True)] == [
+        (0.3, "global 512, local 112, Gram 768 px"),
+        (0.3, "global 768, local 112, Gram 1152 px"),
+        (0.3, "global 768, local 168, Gram 1152 px"),
+        (0.05, "global 768, local 224, Gram 1152 px"),
+        (0.05, "global 768, local 336, Gram 1152 px"),
+    ]
+    refreshed = (gram.gram.first_refresh_step, gram.gram.refresh_every_steps)
+    assert (refreshed, gram.gram.max_refreshes) == ((10_000, 10_000), 3)
+    assert large.gram.refresh_every_steps is None
+
+
+def test_vit_b_of_dinov3_takes_from_other_presets_what_it_says() -> None:
+    """All that differs from the 7B, phase by phase."""
+    seven, ours = phases_of(load_config("dinov3_vit7b16")), phases_of(load_config("dinov3_vitb16"))
+    recipe, of_heads = load_config("dinov3_vitl16_in1k"), ("num_prototypes", "hidden_dim")
+    everywhere: dict[str, object] = {
+        "model.backbone": "vit_base_patch16_dinov3_qkvb",
+        "model.drop_path_rate": load_config("dinov2_vitb16").model.drop_path_rate,
+        **{
+            f"{head}.{key}": getattr(recipe.head, key)
+            for head in ("head", "patch_head")
+            for key in (*of_heads, "bottleneck_dim")
+        },
+        "augment.flip_prob": recipe.augment.flip_prob,
+        **{
+            f"optim.{key}": getattr(recipe.optim, key)
+            for key in ("betas", "layer_decay", "clip_grad")
+        },
+        "train.steps_per_epoch": recipe.train.steps_per_epoch,
+    }
+    of_phases: list[dict[str, object]] = [
+        {
+            "dino.freeze_last_layer_epochs": recipe.dino.freeze_last_layer_epochs,
+            **{f"schedules.lr.{key}": 5e-4 for key in ("peak", "end")},
+            "schedules.lr.warmup_epochs": recipe.optim.warmup_epochs,
+            "schedules.teacher_temp.warmup_epochs": recipe.dino.warmup_teacher_temp_epochs,
+            "train.epochs": recipe.train.epochs,
+            "train.batch_size": 1024,
+            "train.micro_batch_size": 32,
+        },
+        {
+            "schedules.lr.start": 5e-4,
+            "schedules.lr.peak": 5e-4,
+            "schedules.lr.end": 1e-6,
+            "gram.teacher": f"{ours[0].run_dir}",
+            "gram.first_refresh_step": 0,
+            "gram.refresh_every_steps": 1250,
+            "train.epochs": 25,
+            "train.batch_size": 1024,
+            "train.micro_batch_size": 32,
+            "train.continue_from": ours[0].run_dir,
+        },
+        {
+            "crops.mixture": (),
+            "crops.local_size": 112,
+            "crops.global_size": 512,
+            "gram.crop_size": 768,
+            "gram.teacher": ours[1].run_dir,
+            "schedules.lr.end": 5e-5,
+            "schedules.lr.cosine_epochs": 4,
+            "train.epochs": 4,
+            "train.batch_size": 512,
+            "train.micro_batch_size": 16,
+            "train.init_from": ours[1].run_dir,
+        },
+    ]
+    for before, after, changes in zip(seven, ours, of_phases, strict=True):
+        found = _changes(before, after)
+        of_size = ("engine.", "checkpoint.keep_every")  # of the machines, not of the recipe
+        assert {k: v for k, v in found.items() if not k.startswith(of_size)} == everywhere | changes
+    assert seven[2].of_sizes[0].crops == ours[2].crops
+    same_images = recipe.model_copy(update={"train": ours[0].train})
+    assert ours[0].peak_lr == pytest.approx(same_images.peak_lr / 2)
+    assert ours[0].peak_lr == pytest.approx(2e-3)
 
 
 def test_the_imagenet_recipe_of_dinov3_changes_what_it_says() -> None:
