@@ -12,6 +12,7 @@ from dinoscale.engine.param_groups import param_groups
 from dinoscale.errors import ConfigError
 from dinoscale.models.block import Block
 from dinoscale.models.network import DinoNetwork
+from dinoscale.models.stochastic_depth import kept_images
 from dinoscale.models.vit import VisionTransformer
 
 
@@ -64,6 +65,9 @@ class Dims:
         patches: the patch loss.
         rope_tables: scalars in the sines and cosines of rotary positions; 0 with learned ones.
         gram_size: side of the Gram network's crops in pixels; 0 without one.
+        subset_rate: rate of stochastic depth at which dropped branches are not computed; 0 where
+            all are.
+        subset_uniform: whether it is the rate of all blocks, or rises linearly to the last.
         mixture: with sizes that differ from step to step, of which these are the largest: the
             share of the steps and the counts of each; empty with one size.
     """
@@ -93,6 +97,8 @@ class Dims:
     patches: PatchDims = PatchDims()
     rope_tables: int = 0
     gram_size: int = 0
+    subset_rate: float = 0.0
+    subset_uniform: bool = False
     mixture: tuple[tuple[float, "Dims"], ...] = ()
 
     @property
@@ -179,7 +185,7 @@ def dims_of(config: RunConfig) -> Dims:
 
 
 def _dims_of_size(config: RunConfig, network: DinoNetwork) -> Dims:
-    backbone, head, crops = network.backbone, config.head, config.crops
+    backbone, head, crops, model = network.backbone, config.head, config.crops, config.model
     if not isinstance(backbone, VisionTransformer):
         raise ConfigError(f"model.backbone: plan supports only ViTs, not {config.model.backbone!r}")
     block = backbone.blocks[0]
@@ -216,6 +222,8 @@ def _dims_of_size(config: RunConfig, network: DinoNetwork) -> Dims:
         patches=_patch_dims(config, num_patches=global_tokens - num_special),
         rope_tables=_rope_tables(config, backbone),
         gram_size=crop_size_of(config) if config.gram.loss_weight else 0,
+        subset_rate=model.drop_path_rate if model.drop_path_mode == "subset" else 0.0,
+        subset_uniform=model.drop_path_uniform,
     )
 
 
@@ -264,6 +272,45 @@ def flops_of(dims: Dims) -> StepFlops:
             for field in fields(StepFlops)
         }
     )
+
+
+def dropped_flops(dims: Dims, *, micro_batch_size: int) -> float:
+    """FLOPs per image that `flops_of` counts and stochastic depth leaves out, forward and backward.
+
+    On average over the steps of a mixture of sizes; 0 where branches are computed and multiplied.
+    """
+    return sum(
+        share * 3 * dropped_forward_flops(part, micro_batch_size=micro_batch_size)
+        for share, part in dims.of_sizes
+    )
+
+
+def dropped_forward_flops(dims: Dims, *, micro_batch_size: int, attention: bool = True) -> float:
+    """FLOPs per image of the student's branches that are not computed in a forward of one size.
+
+    Args:
+        dims: with one size.
+        micro_batch_size: images whose crops share the dropped branches out.
+        attention: count the products of queries, keys and values too, not the linear layers alone.
+    """
+    if not dims.subset_rate:
+        return 0.0
+    dropped = 0.0
+    for crops, size in ((NUM_GLOBAL, dims.global_size), (dims.num_local, dims.local_size)):
+        if not crops:
+            continue
+        images = crops * micro_batch_size
+        tokens = dims.num_special + (size // dims.patch_size) ** 2
+        of_block = 2 * tokens * dims.block_matrices
+        of_block += 4 * tokens**2 * dims.embed_dim if attention else 0
+        kept = kept_images(
+            images,
+            depth=dims.depth,
+            drop_path_rate=dims.subset_rate,
+            uniform=dims.subset_uniform,
+        )
+        dropped += of_block * (images * dims.depth - sum(kept)) / micro_batch_size
+    return dropped
 
 
 def _flops_of_size(dims: Dims) -> StepFlops:

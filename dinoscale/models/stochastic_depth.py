@@ -54,6 +54,19 @@ def per_token(keep: Tensor, layout: Layout) -> Tensor:
     return torch.cat(repeated, dim=-1).unsqueeze(-1)
 
 
+def kept_images(
+    images: int, *, depth: int, drop_path_rate: float, uniform: bool = False
+) -> list[int]:
+    """For how many of so many images of a resolution each block computes a branch.
+
+    Arguments and rule as in `kept_subsets`.
+    """
+    if uniform:
+        return [max(1, math.floor(images * (1 - drop_path_rate)))] * depth
+    rates = [drop_path_rate * block / max(depth - 1, 1) for block in range(depth)]
+    return [max(1, images - math.floor(images * rate)) for rate in rates]
+
+
 def kept_subsets(
     uniforms: Tensor, layout: Layout, *, drop_path_rate: float, uniform: bool = False
 ) -> list[tuple[Subset, Subset] | None]:
@@ -82,13 +95,13 @@ def kept_subsets(
         starts = first + length * values.argsort(dim=-1, descending=True)  # (depth, 2, N)
         tokens.append(starts[..., None] + torch.arange(length, device=starts.device))
         first += n * length
+    depth = len(uniforms)
+    of_resolutions = [
+        kept_images(n, depth=depth, drop_path_rate=drop_path_rate, uniform=uniform)
+        for n, _ in layout
+    ]
     subsets: list[tuple[Subset, Subset] | None] = []
-    for block in range(len(uniforms)):
-        if uniform:
-            counts = [max(1, math.floor(n * (1 - drop_path_rate))) for n, _ in layout]
-        else:
-            rate = drop_path_rate * block / max(len(uniforms) - 1, 1)
-            counts = [max(1, n - math.floor(n * rate)) for n, _ in layout]
+    for block, counts in enumerate(zip(*of_resolutions, strict=True)):
         kept = tuple((count, length) for count, (_, length) in zip(counts, layout, strict=True))
         if kept == layout:
             subsets.append(None)

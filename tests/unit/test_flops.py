@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinoscale.config.load import parse_config
 from dinoscale.engine.build import build_networks
 from dinoscale.engine.flops import StepFlops, step_flops, vit_backward_flops, vit_forward_flops
-from dinoscale.engine.model_sizes import dims_of, flops_of
+from dinoscale.engine.model_sizes import dims_of, dropped_flops, flops_of
 from dinoscale.models.heads import DinoHead
 from dinoscale.models.network import DinoNetwork
 from dinoscale.models.zoo import build_backbone
@@ -25,7 +26,9 @@ def _network(name: str) -> DinoNetwork:
     return DinoNetwork(backbone, DinoHead(24, **HEAD, norm_last_layer=True, batch_norm=False))
 
 
-def _counted(network: DinoNetwork, num_local: int) -> tuple[int, int, int]:
+def _counted(
+    network: DinoNetwork, num_local: int, keep: Tensor | None = None
+) -> tuple[int, int, int]:
     """What torch counts of teacher, student forward and backward, per image."""
     globals_ = torch.randn(2 * IMAGES, 3, 32, 32)
     crops = [globals_, *([torch.randn(num_local * IMAGES, 3, 16, 16)] if num_local else [])]
@@ -35,7 +38,7 @@ def _counted(network: DinoNetwork, num_local: int) -> tuple[int, int, int]:
             network([globals_])
         counts.append(counter.get_total_flops())
         with FlopCounterMode(display=False) as counter:
-            logits = network(crops)
+            logits = network(crops, keep)
         counts.append(counter.get_total_flops())
         with FlopCounterMode(display=False) as counter:
             logits.sum().backward()
@@ -87,6 +90,24 @@ def test_layers_of_dinov2_and_3_are_counted_as_torch_counts_them(others: dict[st
     assert (flops.teacher, flops.student_forward, flops.student_backward) == counted
     assert (dims.layer_scale, dims.num_special, dims.mlp_hidden) == (True, 4, 64)
     assert dims.mlp_kept == 2 * 64  # the gate's input and the other factor
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_branches_that_are_dropped_are_counted_as_torch_counts_them(uniform: bool) -> None:
+    of_subset = {"drop_path_mode": "subset", "drop_path_uniform": uniform, "drop_path_rate": 0.4}
+    config = parse_config(
+        {
+            "model": {**VIT, "num_heads": 2, **of_subset},
+            "head": HEAD,
+            "crops": {"global_size": 32, "local_size": 16, "num_local": 2},
+            "eval": {"crop": 32, "resize": 32},
+        }
+    )
+    dims, network = dims_of(config), build_networks(config)[0]
+    flops, dropped = flops_of(dims), dropped_flops(dims, micro_batch_size=IMAGES)
+    _, *of_student = _counted(network, 2, torch.rand(2, 2, 4 * IMAGES))
+    assert flops.student_forward + flops.student_backward - dropped == sum(of_student)
+    assert dropped > 0
 
 
 @pytest.mark.parametrize("own_head", [False, True])

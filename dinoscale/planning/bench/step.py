@@ -23,7 +23,7 @@ from dinoscale.config.resolve import RunPlan, resolve
 from dinoscale.config.sections.backbones import RESNET50
 from dinoscale.data.sources.mixture import source_sizes
 from dinoscale.data.sources.source import Source
-from dinoscale.engine.model_sizes import dims_of, flops_of
+from dinoscale.engine.model_sizes import dims_of, dropped_flops, flops_of
 from dinoscale.errors import ConfigError
 from dinoscale.models.cpu_bf16 import LACKS_BFLOAT16
 from dinoscale.planning.bench.budget import Budget, fit_to_time, in_turns, largest_size, say
@@ -312,8 +312,10 @@ class _Bench:
     def result(self) -> dict[str, Any]:
         """Medians and spreads over turns."""
         config, plan = self.config, self.plan
-        flops, ceiling = flops_of(dims_of(config)), self.ceiling
-        of_rank = flops.total * plan.images_per_rank  # FLOPs of a step on one device
+        dims, ceiling = dims_of(config), self.ceiling
+        flops = flops_of(dims)
+        computed = flops.total - dropped_flops(dims, micro_batch_size=plan.micro_batch_size)
+        of_rank = computed * plan.images_per_rank  # FLOPs of a step on one device
         step_s = statistics.median(turn.step_s for turn in self.ours)
         split = {part: _median([turn.mean(part) for turn in self.ours]) for part in PARTS}
         return {

@@ -243,7 +243,10 @@ def _assumptions(config: RunConfig, machine: Machine, *, given: bool, within: bo
         "the prototypes are trained; the first steps, which freeze them, need less",
     ]
     if config.model.drop_path_mode == "subset":
-        sentences.append("branches that stochastic depth drops count as computed and saved")
+        sentences.append(
+            "branches that stochastic depth drops take no time, but count in the GFLOPs per image"
+            " and as saved"
+        )
     if config.engine.offload_optimizer:
         sentences.append(
             f"with the optimizer offloaded, {PCIE / 1e9:g} GB/s between a GPU and host memory, and"

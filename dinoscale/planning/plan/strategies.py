@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from dinoscale.engine.flops import StepFlops
-from dinoscale.engine.model_sizes import Dims, flops_of
+from dinoscale.engine.model_sizes import Dims, dropped_flops, dropped_forward_flops, flops_of
 from dinoscale.models.activation_checkpointing import Recompute
 from dinoscale.planning.plan.communication import Links, Transfer, transfers, waited_s
 from dinoscale.planning.plan.memory_model import Peak, peak
@@ -90,7 +90,8 @@ def option_of(dims: Dims, setup: Setup, machine: Machine) -> Option:
     compute_s = waits_s = 0.0
     for share, part in dims.of_sizes:
         flops = flops_of(part)
-        work = images * (flops.total + recomputed_flops(part, setup, flops))
+        dropped = dropped_flops(part, micro_batch_size=setup.micro_batch_size)
+        work = images * (flops.total - dropped + recomputed_flops(part, setup, flops))
         part_s = work / (machine.flops * machine.utilization)
         compute_s += share * part_s
         waits_s += share * waited_s(found, machine.links, compute_s=part_s)
@@ -112,10 +113,15 @@ def recomputed_flops(dims: Dims, setup: Setup, flops: StepFlops) -> float:
     """FLOPs per image that recomputation adds; saved products are not recomputed."""
     if not setup.checkpoint_every or setup.recompute == "pointwise":
         return 0
-    linear = 2 * dims.tokens * dims.block_matrices * dims.depth
-    blocks = flops.student_global + flops.student_local  # patch embedding included, which is small
+    attention = setup.recompute != "all_but_attention"
+    work: float = 2 * dims.tokens * dims.block_matrices * dims.depth  # the linear layers
+    if attention:  # patch embedding included, which is small
+        work = flops.student_global + flops.student_local
+    work -= dropped_forward_flops(
+        dims, micro_batch_size=setup.micro_batch_size, attention=attention
+    )
     share = -(-dims.depth // setup.checkpoint_every) / dims.depth
-    return share * (linear if setup.recompute == "all_but_attention" else blocks)
+    return share * work
 
 
 def options(dims: Dims, setup: Setup, machine: Machine, sizes: list[int]) -> list[Option]:

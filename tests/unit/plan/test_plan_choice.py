@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from dinoscale.engine.model_sizes import Dims, flops_of
+from dinoscale.config import parse_config
+from dinoscale.engine.model_sizes import Dims, dims_of, dropped_flops, flops_of
 from dinoscale.errors import ConfigError
 from dinoscale.planning.plan.communication import Links, Transfer, transfers, waited_s
 from dinoscale.planning.plan.hardware import GPUS, find_gpu, parse_bytes
@@ -125,6 +126,31 @@ def test_recomputed_blocks_cost_another_forward() -> None:
     but_attention = recomputed_flops(DIMS, replace(every, recompute="all_but_attention"), flops)
     assert 0 < but_attention < forward
     assert recomputed_flops(DIMS, replace(every, recompute="pointwise"), flops) == 0
+
+
+@pytest.mark.parametrize(("uniform", "kept"), [(True, 3 + 3), (False, 6 + 4)])
+def test_branches_that_stochastic_depth_drops_take_no_time(uniform: bool, kept: int) -> None:
+    """Of the 6 global and the 6 local crops of a micro-batch, in 2 blocks."""
+    dims, setup = (
+        replace(DIMS, subset_rate=0.4, subset_uniform=uniform),
+        replace(SETUP, world_size=1),
+    )
+    of_block = sum(2 * (2 * tokens * 768 + 4 * tokens**2 * 8) for tokens in (17, 5))
+    forward = (12 - kept) / 6 * of_block
+    assert dropped_flops(dims, micro_batch_size=3) == pytest.approx(3 * forward)
+    linear = (12 - kept) / 6 * sum(2 * 2 * tokens * 768 for tokens in (17, 5))
+    for level, times in (("block", 4 * forward), ("all_but_attention", 3 * forward + linear)):
+        every = replace(setup, checkpoint_every=1, recompute=level)
+        all_of, some = (option_of(sizes, every, MACHINE) for sizes in (DIMS, dims))
+        assert all_of.compute_s - some.compute_s == pytest.approx(3 * times / 0.5e12)
+        assert all_of.peak == some.peak
+
+
+def test_the_rate_of_dropped_branches_is_that_of_the_subset_mode() -> None:
+    model = {"drop_path_rate": 0.4, "drop_path_uniform": True}
+    dims = dims_of(parse_config({"model": model | {"drop_path_mode": "subset"}}))
+    assert (dims.subset_rate, dims.subset_uniform) == (0.4, True)
+    assert dims_of(parse_config({"model": model})).subset_rate == 0
 
 
 def test_with_enough_memory_the_configured_stage_without_recomputation_is_chosen() -> None:
