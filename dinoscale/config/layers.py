@@ -36,11 +36,7 @@ class Layers:
                 model.pop(key, None)
         crops = layer.get("crops")
         if isinstance(crops, Mapping) and crops.get("mixture"):
-            for section, keys in _ONE_SIZE.items():
-                before = self.values.get(section)
-                if isinstance(before, dict):
-                    for key in keys:
-                        before.pop(key, None)
+            drop_one_size(self.values)
         self._merge(self.values, layer, origin=origin, prefix="")
 
     def _merge(
@@ -56,6 +52,15 @@ class Layers:
             else:
                 into[key] = value
             self.origins[path] = origin
+
+
+def drop_one_size(values: Mapping[str, object]) -> None:
+    """Drop the sizes of crops, from sections by key, in whose place a mixture is given."""
+    for section, keys in _ONE_SIZE.items():
+        before = values.get(section)
+        if isinstance(before, dict):
+            for key in keys:
+                before.pop(key, None)
 
 
 def sizes_of_another(before: Mapping[str, object], given: Mapping[str, object]) -> set[str]:

@@ -21,7 +21,7 @@ from dinoscale.config import (
     resolve,
     without_auto,
 )
-from dinoscale.config.layers import sizes_of_another
+from dinoscale.config.layers import drop_one_size, sizes_of_another
 from dinoscale.config.sections.backbones import VitSize
 from dinoscale.config.sweep.axes import KEYS_OF_AXES
 from dinoscale.config.sweep.file import ONLINE, SweepConfig
@@ -44,8 +44,9 @@ def dims_of_run(config: RunConfig) -> Dims:
         ConfigError: the backbone is unknown or not a ViT.
     """
     data = DataConfig().model_copy(update={"channels": config.data.channels})
-    parts = {"model": config.model, "head": config.head, "crops": config.crops, "data": data}
-    return _cached_dims(RunConfig().model_copy(update=parts))
+    sections = ("model", "head", "patch_head", "crops", "ibot", "gram")
+    parts = {section: getattr(config, section) for section in sections}
+    return _cached_dims(RunConfig().model_copy(update={**parts, "data": data}))
 
 
 @dataclass(frozen=True)
@@ -275,6 +276,8 @@ def _with(values: Mapping[str, object], settings: Mapping[str, object]) -> dict[
     model = merged["model"]
     assert isinstance(model, dict)
     model |= dict.fromkeys(sizes_of_another(model, given))
+    if settings.get("crops.mixture"):
+        drop_one_size(merged)
     for dotted, value in settings.items():
         section, _, name = dotted.partition(".")
         if name:

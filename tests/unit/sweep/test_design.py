@@ -7,9 +7,11 @@ import pytest
 
 from dinoscale.config import RunConfig, load_config, parse_config
 from dinoscale.engine.flops import step_flops
+from dinoscale.engine.model_sizes import dims_of
 from dinoscale.errors import ConfigError
 from dinoscale.scaling.design.expand import expand_sweep, plan_runs
 from dinoscale.scaling.design.planned_run import PlannedRun
+from dinoscale.scaling.design.resolved_run import dims_of_run
 from dinoscale.scaling.design.run_key import key_of
 from tests.unit.sweep.files import HEAD, MODELS, NO_SUCH_SET, sweep_of
 
@@ -324,6 +326,41 @@ def test_another_backbone_has_its_own_sizes(tmp_path: Path, text: str) -> None:
     (run,) = _runs(tmp_path, text)
     assert run.config.model.embed_dim is None
     assert run.parameters > 20e6
+
+
+def test_sizes_of_crops_are_a_mixture_in_place_of_one(tmp_path: Path) -> None:
+    sizes = "{weight: 0.5, global_size: 32, local_size: 16}"
+    more = "{weight: 0.5, global_size: 48, local_size: 12}"
+    one = sizes.replace("0.5", "1.0")
+    runs = _runs(tmp_path, f"axes: {{crops.mixture: [[{one}], [{sizes}, {more}]]}}")
+    crops = [run.config.crops for run in runs]
+    assert [(c.global_size, c.local_size, len(c.mixture)) for c in crops] == [
+        (32, 16, 1),
+        (48, 16, 2),
+    ]
+    settings = f"settings: {{crops.mixture: [{sizes}, {more}]}}\n"
+    (line,) = _lines(tmp_path, settings + "axes: {crops.global_size: [32]}")
+    assert line.endswith(
+        "global_size: 32 px is not the largest of crops.mixture, 48 px; leave it out, or set"
+        " crops.mixture=[] for one size"
+    )
+
+
+def test_all_that_a_network_and_its_loss_consist_of_is_counted() -> None:
+    mixture = [
+        {"weight": 0.5, "global_size": 32, "local_size": 16, "gram_crop_size": 64},
+        {"weight": 0.5, "global_size": 48, "local_size": 12},
+    ]
+    values = {
+        "ibot": {"loss_weight": 1.0},
+        "patch_head": {"num_prototypes": 99, "hidden_dim": 18, "bottleneck_dim": 13},
+        "gram": {"loss_weight": 1.0, "teacher": "given"},
+        "crops": {"mixture": mixture},
+        "model": {"patch_size": 4, "drop_path_mode": "subset"},
+        "data": {"channels": 1, "mean": [0.5], "std": [0.5]},
+    }
+    config = parse_config(values)
+    assert dims_of_run(config) == dims_of(config)
 
 
 def test_two_equal_runs_are_refused_by_name(tmp_path: Path) -> None:
