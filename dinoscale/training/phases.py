@@ -121,9 +121,10 @@ def _next(config: RunConfig, runs: Sequence[RunConfig]) -> NextPhase:
     for other in earlier:
         if not _finished(config.phases[other], runs[other]):
             log.warning(
-                "phase %s has not reached its end, but a later one has begun where it stood: it is"
-                " not taken up again",
+                "phase %s has not reached its end and is not taken up again, as a later one has"
+                " begun, %s",
                 config.phases[other].name,
+                config.phases[index].name,
             )
     if index + 1 < len(runs) and _finished(config.phases[index], runs[index]):
         return NextPhase(index + 1, begins=True)
