@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from dinoscale.cluster.doctor import environment, machine, network, storage, versions
+from dinoscale.cluster.doctor import environment, examine, machine, network, storage, versions
 from dinoscale.cluster.doctor.images import SetFacts, judge_images, judge_plan, sample_ids
 from dinoscale.cluster.doctor.machine import Device, Machine
 from dinoscale.cluster.doctor.marker import RunDirFacts
 from dinoscale.cluster.doctor.network import LARGE_BYTES, Network
-from dinoscale.cluster.doctor.report import Check, size_text
+from dinoscale.cluster.doctor.report import Check, Report, size_text
+from dinoscale.config import list_presets, load_config, phases_of
 from dinoscale.runtime.launcher_env import Process
 from tests.distributed.tiny_run import tiny_config
 
@@ -44,6 +45,7 @@ CPU_NODE = Machine(
     product_s={"bf16": 0.01, "fp32": 0.02},
 )
 GPU_NODE = replace(CPU_NODE, num_devices=2, device=GPU)
+EIGHT = Process(0, 8, 0, 8)  # the first of the ranks of a node
 
 
 def _one(checks: list[Check]) -> Check:
@@ -148,6 +150,29 @@ def test_slow_bf16_is_a_warning_where_the_run_asks_for_it(
     check = machine.judge_precision([CPU_NODE, slow], precision=precision)
     assert check.verdict == verdict
     assert machine.judge_precision([CPU_NODE], precision=precision).verdict == "ok"
+
+
+@pytest.mark.parametrize("name", list_presets())
+def test_every_preset_divides_over_the_ranks_of_a_node(name: str) -> None:
+    for run in phases_of(load_config(name)):
+        check = judge_plan(run, world_size=8, ranks_of_node=8, num_images=8192)
+        assert check.verdict == "ok", check.text
+
+
+@pytest.mark.parametrize("name", ["dinov3_vit7b16", "dinov3_vitl16_in1k", "quickstart_dinov3"])
+def test_presets_of_dinov3_are_judged_whole(name: str, tmp_path: Path) -> None:
+    """But for the disk, whose free space is not ours."""
+    file = tmp_path / "file"
+    file.touch()
+    images = "synthetic:shapes?images=8192&size=16"
+    config = load_config(name, [f"data.train={images}", f"run_dir={file}/run"])
+    report = Report(active=False)
+    parameters = examine._run(report, config, ["a"], EIGHT, timeout_s=10.0)
+    assert parameters is not None
+    assert {c.name for c in report.checks if c.verdict == "problem"} == {"run_dir"}
+    assert len([c for c in report.checks if c.name == "plan"]) == max(len(config.phases), 1)
+    assert examine._compute_s(config, [CPU_NODE] * 8)
+    assert examine._gradient_bytes(config, parameters, world_size=8)
 
 
 def test_a_rank_slower_than_most_is_named() -> None:
@@ -291,6 +316,7 @@ def test_space_is_reserved_and_given_back(tmp_path: Path, monkeypatch: pytest.Mo
 def test_checkpoint_size_and_number() -> None:
     assert storage.checkpoint_bytes(1000, optimizer="adamw") == 16_000
     assert storage.checkpoint_bytes(1000, optimizer="sgd") == 12_000
+    assert storage.checkpoint_bytes(1000, optimizer="adamw", gram=True) == 20_000
     assert storage.num_checkpoints(tiny_config(train={"epochs": 100})) == 3  # no k-NN, no best
     labelled = {"train": "synthetic:shapes", "test": "synthetic:shapes"}
     config = tiny_config(train={"epochs": 100}, checkpoint={"keep_every": 25}, eval=labelled)

@@ -69,7 +69,11 @@ def check_disk(config: RunConfig, *, parameters: int, world_size: int) -> Check:
         folder = next(path for path in (run_dir, *run_dir.parents) if path.is_dir())
         free_bytes = shutil.disk_usage(folder).free
         num_present = sum(len(checkpoints(Path(run.run_dir))) for run in phases_of(config))
-        one = checkpoint_bytes(parameters, optimizer=config.optim.name)
+        one = checkpoint_bytes(
+            parameters,
+            optimizer=config.optim.name,
+            gram=any(run.gram.loss_weight for run in phases_of(config)),
+        )
         refused = _why_no_space(folder, one) if free_bytes >= one else None
     except (OSError, UnreadableError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -124,9 +128,12 @@ def check_resume(config: RunConfig) -> Check:
     return ok("resume", "no checkpoint in run_dir: starts from the beginning")
 
 
-def checkpoint_bytes(parameters: int, *, optimizer: str) -> int:
-    """Size of a checkpoint over all ranks: float32 master, EMA and moments of each weight."""
-    return 4 * parameters * (2 + len(MOMENTS[optimizer]))
+def checkpoint_bytes(parameters: int, *, optimizer: str, gram: bool = False) -> int:
+    """Size of a checkpoint over all ranks: float32 master, EMA and moments of each weight.
+
+    A Gram network counts with as many weights, though it has no head, which is small.
+    """
+    return 4 * parameters * (2 + len(MOMENTS[optimizer]) + gram)
 
 
 def num_checkpoints(config: RunConfig) -> int:
