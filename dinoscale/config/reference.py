@@ -68,16 +68,17 @@ phases:
 ```
 
 `dinoscale train` with this file trains one after the other, each in a folder of its own below
-`runs/first/phases`, and goes on exactly wherever it was interrupted. A phase begins with the whole
-state of the one before (`start: everything`): weights, moments and centers, with position
-embeddings resized to its crops; its schedules run from their start to their end. It has the next
-seed, so that it sees the images in another order. With `start: teacher` both networks begin as
-the teacher of the phase before, with a new optimizer. `after: pretrain` begins at the end of that
-phase instead of the one before: two phases after the same one see the same images in the same
-order, so that what they change is compared, and the report draws them side by side. A phase's
-checkpoints and curves are those of any run, and commands that take a run take the last phase that
-has a checkpoint. On the command line, `phases.high_resolution.train.epochs=4` changes one of them,
-and `phase=high_resolution` chooses it for a command:
+`runs/first/phases`, and goes on exactly wherever it was interrupted, with the first phase that is
+not finished. A phase begins with the whole state of the one before (`start: everything`): weights,
+moments and centers, with position embeddings resized to its crops; its schedules run from their
+start to their end. It has the next seed, so that it sees the images in another order. With
+`start: teacher` both networks begin as the teacher of the phase before, with a new optimizer.
+`after: pretrain` begins at the end of that phase instead of the one before: two phases after the
+same one see the same images in the same order, so that what they change is compared, and the report
+draws them side by side. A phase's checkpoints and curves are those of any run, and commands that
+take a run take the last phase that has a checkpoint. On the command line,
+`phases.high_resolution.train.epochs=4` changes one of them, and `phase=high_resolution` chooses it
+for a command:
 `dinoscale bench step my.yaml phase=high_resolution`.
 
 What a phase changes wins over a setting on the command line that does not name the phase. In

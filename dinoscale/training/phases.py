@@ -7,21 +7,16 @@ as after a crash.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 from dinoscale.checkpoint.layout import checkpoints, phase_directories
-from dinoscale.checkpoint.load import Checkpoint, newest_first
+from dinoscale.checkpoint.next_phase import NextPhase, find_next_phase
 from dinoscale.config import RunConfig
-from dinoscale.config.sections.training import PhaseConfig
-from dinoscale.errors import CheckpointError, ConfigError, UnreadableError
+from dinoscale.errors import ConfigError
 from dinoscale.runtime import distributed
-
-log = logging.getLogger(__name__)
 
 
 def require_own_directory(config: RunConfig, runs: Sequence[RunConfig]) -> None:
@@ -83,24 +78,8 @@ def require_gram_teachers(config: RunConfig, runs: Sequence[RunConfig]) -> None:
             ) from error
 
 
-@dataclass(frozen=True)
-class NextPhase:
-    """The first phase that is not finished, the last if all are.
-
-    Attributes:
-        index: of the phase.
-        begins: whether it has no checkpoint.
-    """
-
-    index: int
-    begins: bool
-
-
 def next_phase(config: RunConfig, runs: Sequence[RunConfig]) -> NextPhase:
-    """The phase to be trained next; collective.
-
-    A phase before one that has a checkpoint is finished, whatever has been changed in it since. One
-    that ended by the `train.stop_after_steps` of the whole run, not by its own, is not finished.
+    """The phase to be trained next, as `find_next_phase` says; collective.
 
     Args:
         config: of the run.
@@ -109,37 +88,6 @@ def next_phase(config: RunConfig, runs: Sequence[RunConfig]) -> NextPhase:
     Raises:
         UnreadableError: on every rank, if checkpoints cannot be listed or read.
     """
-    found = distributed.together(lambda: _next(config, runs) if distributed.rank() == 0 else None)
+    is_first = distributed.rank() == 0
+    found = distributed.together(lambda: find_next_phase(config, runs) if is_first else None)
     return cast(NextPhase, distributed.broadcast_object(found))
-
-
-def _next(config: RunConfig, runs: Sequence[RunConfig]) -> NextPhase:
-    begun = [index for index, run in enumerate(runs) if checkpoints(Path(run.run_dir))]
-    if not begun:
-        return NextPhase(0, begins=True)
-    *earlier, index = begun
-    for other in earlier:
-        if not _finished(config.phases[other], runs[other]):
-            log.warning(
-                "phase %s has not reached its end and is not taken up again, as a later one has"
-                " begun, %s",
-                config.phases[other].name,
-                config.phases[index].name,
-            )
-    if index + 1 < len(runs) and _finished(config.phases[index], runs[index]):
-        return NextPhase(index + 1, begins=True)
-    return NextPhase(index, begins=False)
-
-
-def _finished(phase: PhaseConfig, run: RunConfig) -> bool:
-    """Whether the newest checkpoint of a phase is that of its last step."""
-    try:
-        state = Checkpoint(newest_first(Path(run.run_dir))[0]).state
-        steps = run.train.epochs * state["plan"]["steps_per_epoch"]
-    except UnreadableError:
-        raise
-    except (CheckpointError, KeyError, TypeError):
-        return False  # the training finds an older one
-    train = phase.change.get("train")
-    stop = train.get("stop_after_steps") if isinstance(train, dict) else None
-    return bool(state["step"] >= (steps if stop is None else min(steps, stop)))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dinoscale.checkpoint.layout import checkpoints
+from dinoscale.checkpoint.next_phase import find_next_phase
 from dinoscale.cluster.doctor.marker import RunDirFacts, look_for, remove_marker, write_marker
 from dinoscale.cluster.doctor.report import Check, ok, problem, size_text, warning
 from dinoscale.config import RunConfig, phases_of
@@ -113,8 +114,11 @@ def _why_no_space(folder: Path, num_bytes: int) -> str | None:
 
 def check_resume(config: RunConfig) -> Check:
     """Whether the run starts, continues, or is refused; on rank 0."""
+    runs = phases_of(config)
     try:
-        present = [path for run in phases_of(config) for path in checkpoints(Path(run.run_dir))]
+        present = any(checkpoints(Path(run.run_dir)) for run in runs)
+        taken = find_next_phase(config, runs).index if config.phases and present else 0
+        own = checkpoints(Path(runs[taken].run_dir))
     except UnreadableError as error:
         return problem("resume", str(error))
     if present and not config.resume:
@@ -123,8 +127,10 @@ def check_resume(config: RunConfig) -> Check:
             f"{config.run_dir} already holds a run and resume is false; choose another run_dir,"
             " or delete that one",
         )
+    if own:
+        return ok("resume", f"continues from {own[-1]}")
     if present:
-        return ok("resume", f"continues from {present[-1]}")
+        return ok("resume", f"begins phase {config.phases[taken].name}")
     return ok("resume", "no checkpoint in run_dir: starts from the beginning")
 
 
