@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dinoscale.checkpoint.layout import checkpoints
 from dinoscale.checkpoint.load import Checkpoint
+from dinoscale.checkpoint.next_phase import phase_before
 from dinoscale.cluster.agreement import (
     Member,
     gather_members,
@@ -127,12 +128,13 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
 
 
 def _choose_phase(config: RunConfig, runs: Sequence[RunConfig], watchdog: Watchdog) -> int:
-    """Index of the phase to train; one begins only if the last checkpoint before it is intact."""
+    """Index of the phase to train; one begins only where the checkpoint it continues is intact."""
     phase = next_phase(config, runs)
-    if phase.begins and phase.index:
+    before = phase_before(config, phase.index)
+    if phase.begins and before is not None:
         watchdog.progress("opening the last checkpoint of the phase before")
         # Sets it aside if it is damaged; the phase before then goes on from an older one.
-        find_checkpoint(Path(runs[phase.index - 1].run_dir), watchdog.heartbeat)
+        find_checkpoint(Path(runs[before].run_dir), watchdog.heartbeat)
         phase = next_phase(config, runs)
     return phase.index
 

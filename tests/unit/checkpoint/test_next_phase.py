@@ -2,12 +2,15 @@
 
 import logging
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
+from dinoscale.checkpoint.layout import checkpoints, shard_file
 from dinoscale.checkpoint.next_phase import NextPhase, find_next_phase
 from dinoscale.cluster.doctor.storage import check_resume
 from dinoscale.config import RunConfig, parse_config, phases_of
+from dinoscale.training.trainer import _choose_phase
 from tests.distributed.tiny_run import tiny_config
 from tests.unit.checkpoint.stored import store
 
@@ -74,3 +77,18 @@ def test_what_becomes_of_a_phase_before_its_end_is_said(
         assert _next(_config(tmp_path), **steps) == NextPhase(index, begins=begins)
     assert said in caplog.text
     assert bool(said) == bool(caplog.records)
+
+
+@pytest.mark.parametrize(("damaged", "chosen"), [(0, 0), (1, 2)])
+def test_a_phase_begins_where_the_checkpoint_that_it_goes_on_from_is_intact(
+    tmp_path: Path, damaged: int, chosen: int
+) -> None:
+    config = _config(tmp_path)
+    runs = phases_of(config)
+    _next(config, begun=2, one=2)
+    assert _next(config, begun=_STEPS, one=_STEPS) == NextPhase(2, begins=True)
+    newest = checkpoints(Path(runs[damaged].run_dir))[-1]
+    shard = newest / shard_file(0)
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")  # only its checksum tells
+    assert _choose_phase(config, runs, MagicMock()) == chosen
+    assert newest.exists() == (damaged == 1)  # that of a phase beside it is left alone
