@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from dinoscale.checkpoint.next_phase import phase_before
 from dinoscale.config import RunConfig, load_config, phases_of, text_override
 from dinoscale.convert.conversion import convert
 from dinoscale.convert.run_checkpoint import card_of
@@ -225,9 +226,8 @@ def _in_words(config: RunConfig, result: dict[str, Any], *, following: str) -> s
     drawn = f"  patch features  {patches}\n" if patches else ""
     of_patches = result.get("patch_knn_top1")
     also = _patches_in_words(of_patches) if of_patches else ""
-    epochs = sum(run.train.epochs for run in phases_of(config))
     return f"""
-A small ViT was trained on drawn objects for {epochs} epochs, without labels.
+A small ViT was trained on drawn objects for {_epochs_seen(config)} epochs, without labels.
 Classifying the pattern on new drawings by {config.eval.k} nearest neighbours is right for
 
   {result["knn_top1_trained"]:5.1f} %   with its features after training
@@ -241,6 +241,17 @@ Classifying the pattern on new drawings by {config.eval.k} nearest neighbours is
 {drawn}  curves          {_activated()}dinoscale report {result["run_dir"]}
   next            dinoscale train {following} data.train=/your/images run_dir=runs/first
 """
+
+
+def _epochs_seen(config: RunConfig) -> int:
+    """Epochs behind the weights of the last phase: its own, and those of all that lead to it."""
+    runs = phases_of(config)
+    index: int | None = len(runs) - 1
+    epochs = 0
+    while index is not None:
+        epochs += runs[index].train.epochs
+        index = phase_before(config, index) if config.phases else None
+    return epochs
 
 
 def _activated() -> str:

@@ -128,6 +128,11 @@ def test_its_words_say_whether_gram_anchoring_helped(
     assert said in quickstart._patches_in_words(found)
 
 
+@pytest.mark.parametrize(("recipe", "epochs"), [("dino", 25), ("dinov3", 12 + 6)])
+def test_its_words_count_the_epochs_that_the_network_has_seen(recipe: str, epochs: int) -> None:
+    assert quickstart._epochs_seen(load_config(quickstart.PRESETS[recipe][0])) == epochs
+
+
 def test_patches_of_both_networks_are_drawn(tmp_path: Path) -> None:
     files = []
     for seed in range(2):
