@@ -27,6 +27,7 @@ from dinoscale.checkpoint.layout import (
     checkpoints,
     is_checkpoint,
     named_step,
+    phase_directories,
     run_with_checkpoints,
 )
 from dinoscale.checkpoint.progress import Progress, read_guarded, read_measured
@@ -345,20 +346,45 @@ def open_run(path: Path, heartbeat: Callable[[], None] = lambda: None) -> Checkp
     """Open a checkpoint directory, or the newest undamaged checkpoint of a run directory.
 
     The newest is the one that holds the highest step, whatever its name; of a run of several
-    phases, the newest of the last one. `heartbeat` is called regularly while checksums are
-    compared.
+    phases, the newest of the last one, and a warning names others that lead to no later one.
+    `heartbeat` is called regularly while checksums are compared.
 
     Raises:
         UnreadableError: the newest cannot be read or determined.
         CheckpointError: there is none.
     """
-    found = [path] if is_checkpoint(path) else newest_first(run_with_checkpoints(path))
+    found = [path]
+    if not is_checkpoint(path):
+        run = run_with_checkpoints(path)
+        found = newest_first(run)
+        _name_other_ends(path, taken=run)
     checkpoint, errors = first_usable(found, lambda one: open_verified(one, heartbeat))
     for error in errors:
         log.warning("%s; using an older one", error)
     if checkpoint is None:
         raise CheckpointError(f"no checkpoint in {path}: give a run directory or one of its step_*")
     return checkpoint
+
+
+def _name_other_ends(run_dir: Path, *, taken: Path) -> None:
+    """Warn where a run has other phases than the one taken at whose end none begins."""
+    found = [phase for phase in phase_directories(run_dir) if checkpoints(phase)]
+    try:
+        before = {_begun_at(phase) for phase in found}
+    except (OSError, *_DAMAGES):  # of a damaged checkpoint nobody knows where it began
+        return
+    ends = [phase for phase in found if phase.name not in before and phase != taken]
+    if ends:
+        log.warning(
+            "%s has several phases that lead to no other: taking the last, %s; give %s for another",
+            *(run_dir, taken.name, " or ".join(map(str, ends))),
+        )
+
+
+def _begun_at(phase: Path) -> str:
+    """Name of the folder at whose checkpoint a phase began; empty for the first."""
+    train = json.loads((checkpoints(phase)[-1] / STATE_FILE).read_bytes())["config"]["train"]
+    return Path(train["continue_from"] or train["init_from"] or "").name
 
 
 def _text(shape: tuple[int, ...] | None) -> str:

@@ -76,7 +76,8 @@ start to their end. It has the next seed, so that it sees the images in another 
 `after: pretrain` begins at the end of that phase instead of the one before: two phases after the
 same one see the same images in the same order, so that what they change is compared, and the report
 draws them side by side. A phase's checkpoints and curves are those of any run, and commands that
-take a run take the last phase that has a checkpoint. On the command line,
+take a run take the last phase that has a checkpoint, also where another began at the same place;
+`runs/first/phases/01_pretrain` names one. On the command line,
 `phases.high_resolution.train.epochs=4` changes one of them, and `phase=high_resolution` chooses it
 for a command:
 `dinoscale bench step my.yaml phase=high_resolution`.

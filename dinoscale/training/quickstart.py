@@ -82,7 +82,7 @@ def quickstart(recipe: str, run_dir: str | None = None) -> dict[str, Any]:
     _pretrain(preset, overrides)
     trained_s = time.monotonic() - begin
     weights, untrained = folder / "teacher.safetensors", folder / "untrained.safetensors"
-    convert(folder, weights, to="dino", overwrite=True)
+    convert(Path(runs[-1].run_dir), weights, to="dino", overwrite=True)
     backbone = build_networks(config)[0].backbone  # the initial weights of the run
     save_backbone(untrained, backbone.state_dict(), card_of(config, source="untrained"))
     picture = folder / "attention.png"

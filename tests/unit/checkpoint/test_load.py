@@ -341,3 +341,26 @@ def test_a_copy_under_another_name_is_neither_counted_nor_deleted(tmp_path: Path
     deleted = prune(tmp_path, Keep(last=2), written=directory(tmp_path, 18))
     assert deleted == [directory(tmp_path, 6)]
     assert copy.is_dir()
+
+
+def test_of_phases_that_lead_to_no_other_the_one_taken_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def phase(name: str, *, after: str | None, start: str = "continue_from") -> None:
+        source = after and f"elsewhere/phases/{after}"  # the run was moved
+        train = {"continue_from": None, "init_from": None, start: source}
+        store(tmp_path / "phases" / name, 1, ranks=1, config={"train": train})
+
+    phase("01_begun", after=None)
+    phase("02_gram", after="01_begun")
+    phase("03_large", after="02_gram", start="init_from")
+    assert open_run(tmp_path).path.parts[-3] == "03_large"
+    assert not caplog.records  # a chain has one end
+    phase("04_other", after="01_begun")
+    assert open_run(tmp_path).path.parts[-3] == "04_other"
+    assert caplog.messages == [
+        f"{tmp_path} has several phases that lead to no other: taking the last, 04_other; "
+        f"give {tmp_path}/phases/03_large for another"
+    ]
+    assert open_run(tmp_path / "phases" / "03_large").path.parts[-3] == "03_large"
+    assert len(caplog.records) == 1
