@@ -17,7 +17,12 @@ import torch
 from torch import Tensor
 
 from dinoscale.convert.card import BackboneCard, BackboneShape
-from dinoscale.convert.formats.reference import HEAD_DIM, has_gated_mlp, reference_card
+from dinoscale.convert.formats.reference import (
+    HEAD_DIM,
+    guess_heads,
+    has_gated_mlp,
+    reference_card,
+)
 from dinoscale.convert.weights import Weights
 from dinoscale.errors import CheckpointError
 from dinoscale.models.rope import Rope
@@ -114,11 +119,13 @@ def rotary_shape(
         state: a backbone under our names.
         rope: its rotary positions.
         mask_key_bias: whether the keys' part of the bias does not act.
-        num_heads: attention heads; None for those of `head_dim` channels.
-        head_dim: channels of a head; None for those of the released model of this width, else 64.
+        num_heads: attention heads; without `head_dim`, None guesses those of the released model of
+            this width, else 64 channels a head, with a warning.
+        head_dim: channels of a head, where the tensors show them.
 
     Raises:
-        CheckpointError: the tensors are not those of a ViT of DINOv3.
+        CheckpointError: the tensors are not those of a ViT of DINOv3, or the width is no multiple
+            of the channels of a head.
     """
     try:
         embed_dim, channels, _, patch_size = state["patch_embed.proj.weight"].shape
@@ -128,6 +135,10 @@ def rotary_shape(
             raise ValueError("no patches")
     except (KeyError, ValueError, IndexError) as error:
         raise CheckpointError("has rotary positions, but is no ViT of DINOv3") from error
+    if head_dim is not None:
+        num_heads = embed_dim // head_dim or 1
+    elif not num_heads:
+        num_heads = guess_heads(embed_dim, head_dim=_HEAD_DIMS.get(embed_dim, HEAD_DIM))
     gated = has_gated_mlp(state)
     blocks = [int(match[1]) for name in state if (match := _BLOCK.match(name))]
     return BackboneShape(
@@ -136,7 +147,7 @@ def rotary_shape(
         patch_size=patch_size,
         embed_dim=embed_dim,
         depth=max(blocks) + 1,
-        num_heads=num_heads or embed_dim // (head_dim or _HEAD_DIMS.get(embed_dim, HEAD_DIM)) or 1,
+        num_heads=num_heads,
         in_chans=channels,
         ffn="swiglu" if gated else "mlp",
         ffn_ratio=ratio_of(math.ceil(1.5 * hidden) if gated else hidden, embed_dim),

@@ -71,11 +71,12 @@ def read_hf_dinov3(
     Args:
         state: tensors of the file.
         content: with config.json and preprocessor_config.json if they are beside it.
-        num_heads: used where there is no config.json; None takes those of the released model of
-            this width, else 64 channels a head.
+        num_heads: used where there is no config.json; None guesses those of the released model of
+            this width, else 64 channels a head, with a warning.
 
     Raises:
-        CheckpointError: it is another model, or config.json has options that we do not build.
+        CheckpointError: it is another model, nothing tells the number of heads, or config.json has
+            options that we do not build.
     """
     keys_have_bias = any(name.endswith(f"{_ATTENTION[1]}.bias") for name in state)
     backbone, left_out = from_hf_dinov3(state)

@@ -292,7 +292,7 @@ def _guess_vit(
         patch_size=patch_size,
         embed_dim=embed_dim,
         depth=depth,
-        num_heads=heads or _guess_heads(embed_dim, known_sizes=args is not None),
+        num_heads=heads or guess_heads(embed_dim, known_sizes=args is not None),
         in_chans=_channels(state, "patch_embed.proj.weight"),
     )
 
@@ -341,14 +341,18 @@ def _channels(state: Mapping[str, Tensor], name: str) -> int:
     return tensor.shape[1]
 
 
-def _guess_heads(embed_dim: int, *, known_sizes: bool) -> int:
-    """Number of heads at 64 channels each, as in the reference.
+def guess_heads(embed_dim: int, *, known_sizes: bool = False, head_dim: int = HEAD_DIM) -> int:
+    """Number of heads at so many channels each, with a warning that it is a guess.
 
     Args:
         embed_dim: of the backbone.
         known_sizes: whether a run of the reference wrote the file, which has no other sizes.
+        head_dim: channels of a head in the released models.
+
+    Raises:
+        CheckpointError: the width is not a multiple of them.
     """
-    if embed_dim % HEAD_DIM:
+    if embed_dim % head_dim:
         raise CheckpointError(
             f"has embed_dim {embed_dim}, from which the number of heads cannot be guessed: "
             "give num_heads"
@@ -358,6 +362,6 @@ def _guess_heads(embed_dim: int, *, known_sizes: bool) -> int:
             "weights of embed_dim %d do not store their number of heads: assuming num_heads=%d as"
             " in the reference; features are wrong if the run used another number",
             embed_dim,
-            embed_dim // HEAD_DIM,
+            embed_dim // head_dim,
         )
-    return embed_dim // HEAD_DIM
+    return embed_dim // head_dim

@@ -19,7 +19,12 @@ from torch import Tensor
 from dinoscale.convert.card import BackboneCard, parse_card
 from dinoscale.convert.formats.dinov3 import dinov3_card
 from dinoscale.convert.formats.reference import guess_shape, reference_card
-from dinoscale.convert.formats.timm_dinov3 import KNOWN_ARGS, timm_dinov3_shape
+from dinoscale.convert.formats.timm_dinov3 import (
+    BASE,
+    KNOWN_ARGS,
+    NORM_EPS,
+    timm_dinov3_shape,
+)
 from dinoscale.convert.read_files import Content
 from dinoscale.errors import CheckpointError
 
@@ -62,6 +67,11 @@ def timm_card(
     """
     settings = content.settings or {}
     if "architecture" not in settings and of_dinov3:
+        log.warning(
+            "%s has no config.json beside it that names the architecture: taking timm's epsilon of"
+            " layer norms %g and rope_temperature %g",
+            *(content.name, NORM_EPS, BASE),
+        )
         shape = timm_dinov3_shape(state, settings, num_heads=num_heads)
         return dinov3_card(shape, source=content.name)
     if "architecture" not in settings:

@@ -38,7 +38,7 @@ _ARCHITECTURE = re.compile(
 )
 _NUM_HEADS = {"tiny": 3, "small": 6, "small_plus": 6, "base": 12, "large": 16, "huge_plus": 20}
 _NUM_HEADS |= {"7b": 32}
-_BASE = 100.0  # of the periods, `rope_temperature`
+BASE = 100.0  # of the periods, `rope_temperature`
 _RENAMED = {"gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}  # inside a block
 _QUERIES, _VALUES, _BIAS = ".attn.q_bias", ".attn.v_bias", ".attn.qkv.bias"
 _GATE, _FACTOR, _BOTH = ".mlp.fc1_g.", ".mlp.fc1_x.", ".mlp.fc1."
@@ -111,13 +111,13 @@ def timm_dinov3_shape(
     """The architecture, from a backbone under our names, and config.json if there is one.
 
     Raises:
-        CheckpointError: the tensors are not those of a ViT of DINOv3, or `rope_temperature` is no
-            number above 0.
+        CheckpointError: the tensors are not those of a ViT of DINOv3, nothing tells the number of
+            heads, or `rope_temperature` is no number above 0.
     """
     args, match = settings.get("model_args") or {}, None
     if "architecture" in settings:
         match = _ARCHITECTURE.fullmatch(settings["architecture"])
-    base = args.get("rope_temperature", _BASE)
+    base = args.get("rope_temperature", BASE)
     if type(base) not in (int, float) or not base > 0:
         raise CheckpointError(f"has a config.json with rope_temperature {base!r}, not above 0")
     default = None if match is None else _NUM_HEADS[match[1]]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dinoscale.convert.card import BackboneCard, BackboneShape
@@ -199,3 +199,33 @@ def test_networks_of_ours_become_theirs_or_are_refused(tmp_path: Path, case: str
     if (case, "timm") not in REFUSED:
         stored = load_file(tmp_path / "timm" / "model.safetensors")
         assert not any("mask_token" in name or "local" in name for name in stored)
+
+
+@pytest.mark.parametrize("to", ["timm", "hf"])
+def test_a_bare_file_says_what_is_guessed_and_needs_the_heads_of_other_widths(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, to: str
+) -> None:
+    def write_bare(embed_dim: int) -> Path:
+        sizes = {**SIZES, "embed_dim": embed_dim, "depth": 1, "num_heads": 2}
+        shape = BackboneShape("vit_small_patch16_dinov3_qkvb", **sizes)
+        card = BackboneCard(shape, (0.5,) * 3, (0.25,) * 3, resize=40, crop=32, source="a test")
+        source = tmp_path / f"{embed_dim}.safetensors"
+        save_backbone(source, build_backbone(**vars(shape)).state_dict(), card)
+        convert(source, tmp_path / str(embed_dim), to=to)
+        tensors = load_file(tmp_path / str(embed_dim) / "model.safetensors")
+        save_file(tensors, tmp_path / f"bare_{embed_dim}.safetensors")
+        caplog.clear()
+        return tmp_path / f"bare_{embed_dim}.safetensors"
+
+    bare = write_bare(64)
+    assert read_source(bare, num_heads=2).card.backbone.num_heads == 2
+    (said,) = caplog.messages
+    assert "no config.json" in said
+    base = "rope_temperature 100" if to == "timm" else "rope_theta 100"
+    assert "1e-05" in said
+    assert base in said
+    assert read_source(bare).card.backbone.num_heads == 1
+    assert "assuming num_heads=1" in caplog.messages[-1]
+    bare = write_bare(48)
+    with pytest.raises(CheckpointError, match=r"embed_dim 48, from which .* give num_heads"):
+        read_source(bare)
