@@ -220,6 +220,18 @@ def timm_vit(
     return source
 
 
+def own_num_heads(name: str) -> int:
+    """Attention heads of a ViT that `build_backbone` builds by this name.
+
+    Raises:
+        ConfigError: it builds none.
+    """
+    sizes = {"patch_size": 16, "depth": 1}  # which any of them may have
+    with torch.device("meta"):
+        source = timm_vit(name, img_size=16, in_chans=3, layers=own_layers(name), **sizes)
+    return int(source.blocks[0].attn.num_heads)
+
+
 def _adapt(source: Any, layers: Layers, *, name: str, img_size: int) -> None:
     """Give timm's model what its arguments cannot; refuse sizes that do not fit together."""
     patch_size = source.patch_embed.proj.kernel_size[0]

@@ -95,7 +95,7 @@ def read_hf_dinov3(
             " rope_theta %g",
             *(content.name, _NORM_EPS, _BASE),
         )
-    elif "num_attention_heads" in settings or num_heads is None:
+    else:
         num_heads = settings.get("num_attention_heads", _NUM_HEADS)
     base = settings.get("rope_theta", _BASE)
     if type(base) not in (int, float) or not base > 0:

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dinoscale.config.sections.backbones import RESNET50
 from dinoscale.convert.card import BackboneCard, parse_card
 from dinoscale.convert.formats.dinov3 import dinov3_card
 from dinoscale.convert.formats.reference import guess_shape, reference_card
@@ -26,7 +27,8 @@ from dinoscale.convert.formats.timm_dinov3 import (
     timm_dinov3_shape,
 )
 from dinoscale.convert.read_files import Content
-from dinoscale.errors import CheckpointError
+from dinoscale.errors import CheckpointError, ConfigError
+from dinoscale.models.zoo import own_num_heads
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +61,7 @@ def timm_card(
     Args:
         state: the backbone's tensors, under our names.
         content: with the settings.
-        num_heads: used where config.json has none; None takes the architecture's default.
+        num_heads: used where there is no config.json; one that names the architecture tells it.
         of_dinov3: whether it is a network of DINOv3, see `timm_dinov3`.
 
     Raises:
@@ -90,7 +92,7 @@ def timm_card(
         shape = replace(
             guess_shape(state, num_heads=num_heads or 1),
             name=settings["architecture"],
-            num_heads=args.get("num_heads") or num_heads,
+            num_heads=args.get("num_heads") or _own_num_heads(settings, asked=num_heads),
             layer_scale=args.get("init_values"),
             ffn=None,
             registers=None,
@@ -116,6 +118,16 @@ def timm_card(
     )
     card = replace(card, **{key: config[key] for key in ("mean", "std") if config.get(key)})
     return parse_card(card.to_json())  # checks the types of the values from config.json
+
+
+def _own_num_heads(settings: Mapping[str, Any], *, asked: int | None) -> int | None:
+    """Heads of an architecture, with which those that are asked for are compared; else None."""
+    if asked is None or settings["architecture"] == RESNET50:
+        return None
+    try:
+        return own_num_heads(settings["architecture"])
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _image_side(config: Mapping[str, Any], *, default: int) -> int:

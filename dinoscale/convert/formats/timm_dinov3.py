@@ -125,7 +125,7 @@ def timm_dinov3_shape(
         state,
         rope=Rope(float(base)),
         mask_key_bias="blocks.0.attn.qkv.bias" in state,
-        num_heads=args.get("num_heads") or num_heads or default,
+        num_heads=args.get("num_heads") or default or num_heads,
     )
     return replace(shape, norm_eps=NORM_EPS)
 

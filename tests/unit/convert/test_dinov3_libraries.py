@@ -229,3 +229,36 @@ def test_a_bare_file_says_what_is_guessed_and_needs_the_heads_of_other_widths(
     bare = write_bare(48)
     with pytest.raises(CheckpointError, match=r"embed_dim 48, from which .* give num_heads"):
         read_source(bare)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3_qkvb", "vit_small_patch16_224"])
+def test_a_number_of_heads_that_contradicts_the_architecture_is_refused(
+    tmp_path: Path, name: str
+) -> None:
+    ensure_torchvision()
+    import timm
+
+    model = timm.create_model(name, num_classes=0, depth=1, img_size=32)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": name}))
+    assert read_source(tmp_path, num_heads=6).card.backbone.num_heads == 6
+    with pytest.raises(CheckpointError, match="has num_heads=6, not 4; omit num_heads"):
+        read_source(tmp_path, num_heads=4)
+
+
+def test_a_config_of_transformers_without_a_number_of_heads_has_that_of_the_library(
+    tmp_path: Path,
+) -> None:
+    model = build_backbone(NAMES[0], img_size=32, depth=1, mask_token=True)
+    shape = BackboneShape(NAMES[0], img_size=32, depth=1, mask_token=True)
+    card = BackboneCard(shape, (0.5,) * 3, (0.25,) * 3, resize=40, crop=32, source="a test")
+    save_backbone(tmp_path / "ours.safetensors", model.state_dict(), card)
+    convert(tmp_path / "ours.safetensors", tmp_path / "hf", to="hf")
+    path = tmp_path / "hf" / "config.json"
+    settings = json.loads(path.read_text())
+    assert settings.pop("num_attention_heads") == 6
+    path.write_text(json.dumps(settings))
+    (tmp_path / "hf" / "dinoscale.json").unlink()
+    assert read_source(tmp_path / "hf", num_heads=6).card.backbone.num_heads == 6
+    with pytest.raises(CheckpointError, match="has num_heads=6, not 4; omit num_heads"):
+        read_source(tmp_path / "hf", num_heads=4)
