@@ -164,21 +164,22 @@ def _going_on(
     facts: SetFacts, weights: str, card: BackboneCard, *, gpus: int
 ) -> tuple[str, list[Setting]]:
     shape = card.backbone
-    if shape.patch_size is None:
+    layers = _layers(shape)
+    model = ModelConfig.model_validate({"backbone": shape.name, **layers})
+    patch = model.effective_patch_size  # of the name where the card has none
+    if patch is None:
         raise ConfigError(
             f"--from {weights}: a {shape.name} has no patches, which the recipe for going on masks;"
             " choose weights of a ViT"
         )
-    base = "adapt_dinov3_vits16" if shape.rope else "adapt_dinov2_vits14"
+    base = "adapt_dinov3_vits16" if model.rotates else "adapt_dinov2_vits14"
     batch = -(-min(768, _batch(facts.images, gpus)) // gpus) * gpus
     settings = [
         Setting("train.init_from", weights, "the weights to go on from"),
         Setting("model.backbone", shape.name, "what they are"),
-        *(Setting(f"model.{key}", value, "theirs") for key, value in _layers(shape).items()),
-        Setting(
-            "crops.global_size", 16 * shape.patch_size, "16 x 16 patches, as DINOv2 and DINOv3"
-        ),
-        Setting("crops.local_size", 7 * shape.patch_size, "7 x 7 patches, as DINOv2 and DINOv3"),
+        *(Setting(f"model.{key}", value, "theirs") for key, value in layers.items()),
+        Setting("crops.global_size", 16 * patch, "16 x 16 patches, as DINOv2 and DINOv3"),
+        Setting("crops.local_size", 7 * patch, "7 x 7 patches, as DINOv2 and DINOv3"),
         *(
             Setting(
                 f"{head}.num_prototypes", prototypes(facts.images), "by the images, 1024 to 65536"

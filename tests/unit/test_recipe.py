@@ -12,11 +12,14 @@ from PIL import Image
 
 from data_tools.set_facts import SetFacts, look_at
 from dinoscale.cli import run
-from dinoscale.config import load_config
+from dinoscale.config import RunConfig, load_config, resolve
+from dinoscale.config.resolve import without_auto
 from dinoscale.convert.card import BackboneCard, BackboneShape
+from dinoscale.convert.run_checkpoint import card_of
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.models.rope import Rope
 from dinoscale.recipe.choose import choose, prototypes
+from dinoscale.recipe.write import as_yaml
 from tests.unit.data.many_channels import npy, pixels, png, tiff
 
 IMAGENET = SetFacts(
@@ -40,6 +43,18 @@ CIFAR = replace(IMAGENET, images=50_000, short_side=(32, 32), classes=10)
 def _chosen(facts: SetFacts, **options: object) -> dict[str, object]:
     recipe = choose(facts, **options)  # type: ignore[arg-type]
     return {setting.key: setting.value for setting in recipe.settings}
+
+
+def _resolved(
+    folder: Path, facts: SetFacts, *, gpus: int = 1, card: BackboneCard | None = None
+) -> RunConfig:
+    """The run of a recipe, loaded from its file and resolved."""
+    recipe = choose(facts, gpus=gpus, weights=card and "w", card=card)
+    path = folder / "recipe.yaml"
+    path.write_text(as_yaml(recipe, facts, run_dir="runs/recipe"))
+    config = load_config(str(path))
+    resolve(without_auto(config), world_size=gpus, num_images=facts.images)
+    return config
 
 
 def _noise(folder: Path, *, images: int, side: int = 40) -> None:
@@ -98,6 +113,17 @@ def test_going_on_keeps_what_the_weights_have() -> None:
         choose(CIFAR, weights="w", card=card, model="s")
     with pytest.raises(ConfigError, match="a resnet50 has no patches"):
         choose(CIFAR, weights="w", card=replace(card, backbone=BackboneShape("resnet50", 224)))
+
+
+@pytest.mark.parametrize("preset", ["vit_s16", "dinov2_vits16", "dinov3_vits16"])
+def test_runs_whose_patches_are_in_the_name_of_the_model_go_on(tmp_path: Path, preset: str) -> None:
+    run = load_config(preset)
+    card = card_of(run, source="a run")
+    assert card.backbone.patch_size is None
+    config = _resolved(tmp_path, IMAGENET, card=card)
+    assert config.model.effective_patch_size == run.model.effective_patch_size
+    assert config.crops.global_size == 16 * (run.model.effective_patch_size or 0)
+    assert config.head.weight_norm != run.model.rotates  # the base is that of its positions
 
 
 def test_copies_gray_and_damaged_images_are_seen(tmp_path: Path) -> None:
