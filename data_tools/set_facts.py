@@ -60,6 +60,7 @@ class SetFacts:
         short_side: 5th percentile and median, in pixels.
         channels: of most files.
         other_channels: files of the sample that have another number.
+        arrays: files of the sample that are arrays, which are not converted to gray or RGB.
         colorless: share of the readable ones that hold three equal channels, or one.
         max_pixel_value: white of files of more than 8 bits, a guess; None where all have 8.
         copies: images of the sample that look like an earlier one of it.
@@ -75,6 +76,7 @@ class SetFacts:
     short_side: tuple[int, int]
     channels: int
     other_channels: int
+    arrays: int
     colorless: float
     max_pixel_value: float | None
     copies: int
@@ -122,6 +124,7 @@ def look_at(spec: str, *, images: int = SAMPLE, workers: int) -> SetFacts:
         short_side=(int(np.percentile(sides, 5)), int(np.median(sides))),
         channels=channels,
         other_channels=kinds.total() - kinds[channels],
+        arrays=sum(kind is not None and kind.is_array for kind in stored),
         colorless=sum(block["colorless"] for block in found) / len(sides),
         max_pixel_value=white,
         copies=_copies([row for block in found for row in block["rows"]]),
@@ -137,6 +140,7 @@ class _Stored:
 
     channels: int
     highest: float
+    is_array: bool = False
 
 
 def _stored(source: Source | Files, index: int) -> _Stored | None:
@@ -160,9 +164,9 @@ def _array(data: bytes) -> _Stored:
     shape, dtype = array_header(data)
     channels = min(shape[0], shape[-1]) if len(shape) == 3 else 1
     if dtype != "uint16":
-        return _Stored(channels, 0.0)
+        return _Stored(channels, 0.0, is_array=True)
     read = read_npy if data.startswith(NPY_START) else read_tiff
-    return _Stored(channels, float(read(data, channels=channels).max()))
+    return _Stored(channels, float(read(data, channels=channels).max()), is_array=True)
 
 
 def _picture(header: Header, data: bytes) -> _Stored:

@@ -72,7 +72,7 @@ def choose(
         if model is not None:
             raise ConfigError(f"--model {model}: --from {weights} says which model it is")
         base, settings = _going_on(facts, weights, card, gpus=gpus)
-    return Recipe(base, tuple(settings), tuple(_cautions(facts, from_scratch=card is None)))
+    return Recipe(base, tuple(settings), tuple(_cautions(facts, card)))
 
 
 def _from_scratch(facts: SetFacts, *, model: str | None, gpus: int) -> tuple[str, list[Setting]]:
@@ -106,7 +106,7 @@ def _from_scratch(facts: SetFacts, *, model: str | None, gpus: int) -> tuple[str
             "train.micro_batch_size", "auto", "the largest that fits, found before the training"
         ),
         *_momentum(batch, epochs * steps),
-        *_pixels(facts, channels=1 if facts.colorless == 1 else facts.channels),
+        *_pixels(facts, channels=_channels(facts), why=_why_channels(facts, _channels(facts))),
     ]
     return f"vit_{model}16", settings
 
@@ -188,15 +188,36 @@ def _going_on(
         ),
         Setting("train.batch_size", batch, "768 as published for 8 GPUs, or fewer by the images"),
         Setting("train.micro_batch_size", "auto", "the largest that fits"),
-        Setting("data.channels", shape.in_chans, "theirs"),
-        Setting("data.mean", list(card.mean), "theirs: their first layer has learned with it"),
-        Setting("data.std", list(card.std), "theirs"),
+        *_pixels_of(card, facts),
         Setting("eval.resize", card.resize, "theirs"),
         Setting("eval.crop", card.crop, "theirs"),
     ]
-    if facts.max_pixel_value is not None:
-        settings.append(_white(facts.max_pixel_value))
     return base, settings
+
+
+def _pixels_of(card: BackboneCard, facts: SetFacts) -> list[Setting]:
+    """Channels and normalisation of the weights, unless files cannot be read as such channels."""
+    channels = card.backbone.in_chans
+    if not _readable_as(channels, facts):
+        why = (
+            f"as stored: such files cannot be read as the {channels} of the weights, whose first"
+            " layer is adapted; each channel gets the mean of theirs"
+        )
+        return _pixels(facts, channels=facts.channels, why=why)
+    found = [
+        Setting("data.channels", channels, "theirs"),
+        Setting("data.mean", list(card.mean), "theirs: their first layer has learned with it"),
+        Setting("data.std", list(card.std), "theirs"),
+        *_color_ops(channels),
+    ]
+    return found if facts.max_pixel_value is None else [*found, _white(facts.max_pixel_value)]
+
+
+def _readable_as(channels: int, facts: SetFacts) -> bool:
+    """Whether a decoder makes so many channels of most files."""
+    if channels == facts.channels:
+        return True
+    return {channels, facts.channels} <= {1, 3} and not facts.arrays
 
 
 def _layers(shape: BackboneShape) -> dict[str, object]:
@@ -205,20 +226,28 @@ def _layers(shape: BackboneShape) -> dict[str, object]:
     return {key: values[key] for key in ModelConfig.model_fields if key in values}
 
 
-def _pixels(facts: SetFacts, *, channels: int) -> list[Setting]:
+def _pixels(facts: SetFacts, *, channels: int, why: str) -> list[Setting]:
     mean, std = list(facts.mean), list(facts.std)
     if channels == 1:
         mean, std = mean[:1], std[:1]
     found = [
-        Setting("data.channels", channels, _why_channels(facts, channels)),
+        Setting("data.channels", channels, why),
         Setting("data.mean", mean, f"of {facts.sample - facts.unreadable} of the images"),
         Setting("data.std", std, "likewise"),
+        *_color_ops(channels),
     ]
-    if channels not in (1, 3):
-        found.append(
-            Setting("data.color_ops_on", "device", "colors of other channels change there only")
-        )
     return found if facts.max_pixel_value is None else [*found, _white(facts.max_pixel_value)]
+
+
+def _color_ops(channels: int) -> list[Setting]:
+    if channels in (1, 3):
+        return []
+    return [Setting("data.color_ops_on", "device", "colors of other channels change there only")]
+
+
+def _channels(facts: SetFacts) -> int:
+    """Channels for the set."""
+    return 1 if facts.colorless == 1 and not facts.arrays else facts.channels
 
 
 def _why_channels(facts: SetFacts, channels: int) -> str:
@@ -231,9 +260,9 @@ def _white(value: float) -> Setting:
     return Setting("data.max_pixel_value", value, "white, by the highest pixel: check it")
 
 
-def _cautions(facts: SetFacts, *, from_scratch: bool) -> list[str]:
-    found = []
-    if from_scratch and facts.images < _FEW:
+def _cautions(facts: SetFacts, card: BackboneCard | None) -> list[str]:
+    found = [] if card is None else _cautions_on(facts, card)
+    if card is None and facts.images < _FEW:
         found.append(
             f"{facts.images:,} images are few to learn from scratch: released weights are the"
             " better start where they fit the images (--from WEIGHTS)."
@@ -257,5 +286,17 @@ def _cautions(facts: SetFacts, *, from_scratch: bool) -> list[str]:
         found.append(
             f"there are {facts.classes} classes: set eval.train and eval.test to labelled images"
             " that are kept apart from these, and the run measures k-NN."
+        )
+    return found
+
+
+def _cautions_on(facts: SetFacts, card: BackboneCard) -> list[str]:
+    """What going on from weights does to the images."""
+    found, channels = [], card.backbone.in_chans
+    if not _readable_as(channels, facts):
+        found.append(
+            f"the weights see {channels} channels and the images have {facts.channels}: the first"
+            " layer starts as the mean over the channels of the weights, so that what it knows of"
+            " color is lost."
         )
     return found

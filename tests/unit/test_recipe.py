@@ -18,7 +18,7 @@ from dinoscale.convert.card import BackboneCard, BackboneShape
 from dinoscale.convert.run_checkpoint import card_of
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.models.rope import Rope
-from dinoscale.recipe.choose import choose, prototypes
+from dinoscale.recipe.choose import Recipe, choose, prototypes
 from dinoscale.recipe.write import as_yaml
 from tests.unit.data.many_channels import npy, pixels, png, tiff
 
@@ -30,6 +30,7 @@ IMAGENET = SetFacts(
     short_side=(333, 375),
     channels=3,
     other_channels=0,
+    arrays=0,
     colorless=0.01,
     max_pixel_value=None,
     copies=0,
@@ -37,12 +38,21 @@ IMAGENET = SetFacts(
     std=(0.229, 0.224, 0.225),
     classes=0,
 )
+RGB_CARD = card_of(load_config("dinov2_vits16"), source="a run")
 CIFAR = replace(IMAGENET, images=50_000, short_side=(32, 32), classes=10)
 
 
 def _chosen(facts: SetFacts, **options: object) -> dict[str, object]:
-    recipe = choose(facts, **options)  # type: ignore[arg-type]
+    return _values(choose(facts, **options))  # type: ignore[arg-type]
+
+
+def _values(recipe: Recipe) -> dict[str, object]:
     return {setting.key: setting.value for setting in recipe.settings}
+
+
+def _on(facts: SetFacts, card: BackboneCard) -> Recipe:
+    """The recipe that goes on from weights."""
+    return choose(facts, weights="w", card=card)
 
 
 def _resolved(
@@ -124,6 +134,22 @@ def test_runs_whose_patches_are_in_the_name_of_the_model_go_on(tmp_path: Path, p
     assert config.model.effective_patch_size == run.model.effective_patch_size
     assert config.crops.global_size == 16 * (run.model.effective_patch_size or 0)
     assert config.head.weight_norm != run.model.rotates  # the base is that of its positions
+
+
+def test_files_that_cannot_be_read_as_the_channels_of_the_weights_keep_theirs(
+    tmp_path: Path,
+) -> None:
+    bands = replace(IMAGENET, channels=13, arrays=200, mean=(0.4,) * 13, std=(0.3,) * 13)
+    config = _resolved(tmp_path, bands, card=RGB_CARD)
+    assert (config.data.channels, config.data.mean) == (13, (0.4,) * 13)
+    assert "see 3 channels and the images have 13" in "\n".join(_on(bands, RGB_CARD).cautions)
+    gray = replace(IMAGENET, channels=1, colorless=1.0, mean=(0.4,), std=(0.3,))
+    as_rgb, as_stored = _on(gray, RGB_CARD), _on(replace(gray, arrays=200), RGB_CARD)
+    assert (_values(as_rgb)["data.channels"], as_rgb.cautions) == (3, ())
+    assert (_values(as_stored)["data.channels"], len(as_stored.cautions)) == (1, 1)
+    bands_card = replace(RGB_CARD, backbone=replace(RGB_CARD.backbone, in_chans=13))
+    assert _values(_on(bands, bands_card))["data.color_ops_on"] == "device"
+    assert not _on(bands, bands_card).cautions
 
 
 def test_copies_gray_and_damaged_images_are_seen(tmp_path: Path) -> None:
