@@ -61,10 +61,11 @@ class SetFacts:
         channels: of most files.
         other_channels: files of the sample that have another number.
         arrays: files of the sample that are arrays, which are not converted to gray or RGB.
-        colorless: share of the readable ones that hold three equal channels, or one.
+        colorless: share of the readable ones that hold three equal channels, or one. Pictures are
+            read as RGB for it, so that a colored one among gray ones is seen.
         max_pixel_value: white of files of more than 8 bits, a guess; None where all have 8.
         copies: images of the sample that look like an earlier one of it.
-        mean: of each channel in 0..1, each picture counting the same.
+        mean: of each channel in 0..1, each picture counting the same; gray pictures have three.
         std: likewise.
         classes: number of class folders or labels; 0 for none.
     """
@@ -104,10 +105,12 @@ def look_at(spec: str, *, images: int = SAMPLE, workers: int) -> SetFacts:
     if not kinds:
         raise DataError(f"{spec}: none of the {len(ids)} images looked at can be read")
     channels = kinds.most_common(1)[0][0]
+    arrays = sum(kind is not None and kind.is_array for kind in stored)
+    read_as = 3 if channels == 1 and not arrays else channels
     highest = max(kind.highest for kind in stored if kind is not None)
     white = None if highest <= INTEGER_WHITES[0] else min(w for w in INTEGER_WHITES if w >= highest)
-    if (channels, white) != (3, None):
-        source = open_pictures(spec, Decoder(channels, white))
+    if (read_as, white) != (3, None):
+        source = open_pictures(spec, Decoder(read_as, white))
     blocks = [ids[first : first + _BLOCK] for first in range(0, len(ids), _BLOCK)]
     found = list(ordered_map(_examine, source, blocks, workers=workers))
     sides = [side for block in found for side in block["sides"]]
@@ -124,7 +127,7 @@ def look_at(spec: str, *, images: int = SAMPLE, workers: int) -> SetFacts:
         short_side=(int(np.percentile(sides, 5)), int(np.median(sides))),
         channels=channels,
         other_channels=kinds.total() - kinds[channels],
-        arrays=sum(kind is not None and kind.is_array for kind in stored),
+        arrays=arrays,
         colorless=sum(block["colorless"] for block in found) / len(sides),
         max_pixel_value=white,
         copies=_copies([row for block in found for row in block["rows"]]),

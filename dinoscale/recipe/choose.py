@@ -21,6 +21,8 @@ _STEPS = 50_000  # 40 epochs of ImageNet-1k with 1024 images a step
 _EPOCHS = (100, 800)  # shortest and longest published run on ImageNet-1k
 _FEW = 20_000  # images, below which released weights are the better start
 _COPIES = 0.01  # share of copies from which they are worth a warning
+_COLORED = 0.01  # share of images with color, up to which a set is gray
+_BOTH = 0.05  # share of gray and of colored images, from which a set is a mixture
 _BAD = 0.001  # default of data.max_bad_fraction
 
 
@@ -106,7 +108,7 @@ def _from_scratch(facts: SetFacts, *, model: str | None, gpus: int) -> tuple[str
             "train.micro_batch_size", "auto", "the largest that fits, found before the training"
         ),
         *_momentum(batch, epochs * steps),
-        *_pixels(facts, channels=_channels(facts), why=_why_channels(facts, _channels(facts))),
+        *_pixels(facts, channels=_channels(facts), why=_why_channels(facts)),
     ]
     return f"vit_{model}16", settings
 
@@ -198,6 +200,9 @@ def _going_on(
 def _pixels_of(card: BackboneCard, facts: SetFacts) -> list[Setting]:
     """Channels and normalisation of the weights, unless files cannot be read as such channels."""
     channels = card.backbone.in_chans
+    if channels == 1 < _channels(facts) and _readable_as(3, facts):
+        why = "the images have color, which the one channel of the weights would drop"
+        return _pixels(facts, channels=3, why=why)
     if not _readable_as(channels, facts):
         why = (
             f"as stored: such files cannot be read as the {channels} of the weights, whose first"
@@ -246,13 +251,17 @@ def _color_ops(channels: int) -> list[Setting]:
 
 
 def _channels(facts: SetFacts) -> int:
-    """Channels for the set."""
-    return 1 if facts.colorless == 1 and not facts.arrays else facts.channels
+    """Channels for the set: one where nearly all is gray."""
+    if facts.channels not in (1, 3) or facts.arrays:
+        return facts.channels
+    return 1 if 1 - facts.colorless <= _COLORED else 3
 
 
-def _why_channels(facts: SetFacts, channels: int) -> str:
-    if channels == 1 and facts.channels == 3:
-        return "all images of the sample are gray, though stored with three channels"
+def _why_channels(facts: SetFacts) -> str:
+    if _channels(facts) == 1 and facts.channels == 3:
+        return "the images of the sample are gray, though stored with three channels"
+    if _channels(facts) == 3 and facts.channels == 1:
+        return "most files are gray; RGB holds the colored ones, too"
     return "as stored in most files"
 
 
@@ -278,10 +287,29 @@ def _cautions(facts: SetFacts, card: BackboneCard | None) -> list[str]:
             f" inspect-shards {shlex.quote(facts.spec)}`, remove them, or raise"
             " data.max_bad_fraction, above which a run ends."
         )
-    if facts.other_channels and facts.channels not in (1, 3):
-        found.append(
-            f"some files have other channels than {facts.channels} and cannot be read with them."
-        )
+    return [*found, *_cautions_of_channels(facts, card), *_cautions_of_labels(facts)]
+
+
+def _cautions_of_channels(facts: SetFacts, card: BackboneCard | None) -> list[str]:
+    """Files that are not as most, and colors that are dropped."""
+    if facts.channels not in (1, 3) or facts.arrays:
+        return [
+            f"some files have other channels than {facts.channels}: those of arrays cannot be read"
+            " then, and pictures lose their color where that is 1."
+        ] * bool(facts.other_channels)
+    read = facts.sample - facts.unreadable
+    colored = round((1 - facts.colorless) * read)
+    gray = f"{read - colored} of {read} images are gray, {colored} have color"
+    channels = _channels(facts) if card is None else card.backbone.in_chans
+    if channels == 1 == _channels(facts) and colored:
+        return [f"{gray}, which data.channels=1 drops; 3 keeps it."]
+    if min(colored, read - colored) > _BOTH * read:
+        return [f"{gray}: all are read as RGB, and features may group them by that alone."]
+    return []
+
+
+def _cautions_of_labels(facts: SetFacts) -> list[str]:
+    found = []
     if facts.classes > 1:
         found.append(
             f"there are {facts.classes} classes: set eval.train and eval.test to labelled images"

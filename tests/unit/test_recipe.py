@@ -152,6 +152,22 @@ def test_files_that_cannot_be_read_as_the_channels_of_the_weights_keep_theirs(
     assert not _on(bands, bands_card).cautions
 
 
+def test_color_among_gray_images_is_kept(tmp_path: Path) -> None:
+    for index in range(20):
+        data = png(pixels(index, channels=1 if index < 11 else 3))
+        (tmp_path / f"{index:02}.png").write_bytes(data)
+    facts = look_at(str(tmp_path), workers=1)
+    assert (facts.channels, facts.colorless, facts.other_channels) == (1, 0.55, 9)
+    assert _chosen(facts)["data.channels"] == 3
+    assert "11 of 20 images are gray, 9 have color" in "\n".join(choose(facts).cautions)
+    gray_card = replace(RGB_CARD, backbone=replace(RGB_CARD.backbone, in_chans=1))
+    assert _values(_on(facts, gray_card))["data.channels"] == 3
+    few = replace(IMAGENET, channels=1, colorless=0.995)
+    assert _chosen(few)["data.channels"] == 1
+    assert _chosen(replace(few, arrays=200, channels=3))["data.channels"] == 3
+    assert "5 have color, which data.channels=1 drops" in "\n".join(choose(few).cautions)
+
+
 def test_copies_gray_and_damaged_images_are_seen(tmp_path: Path) -> None:
     _noise(tmp_path / "a", images=12)
     for copy, original in (("x", 3), ("y", 5), ("z", 3)):
