@@ -20,7 +20,8 @@ _PUBLISHED_SIDE = 224
 _STEPS = 50_000  # 40 epochs of ImageNet-1k with 1024 images a step
 _EPOCHS = (100, 800)  # shortest and longest published run on ImageNet-1k
 _FEW = 20_000  # images, below which released weights are the better start
-_COPIES = 0.01  # share of copies from which they are worth a warning
+_COPIES = 0.01  # share of copies in the whole set from which they are worth a warning
+_UNSEEN = 0.25  # share of copies that a sample must not overlook
 _COLORED = 0.01  # share of images with color, up to which a set is gray
 _BOTH = 0.05  # share of gray and of colored images, from which a set is a mixture
 _BAD = 0.001  # default of data.max_bad_fraction
@@ -276,11 +277,7 @@ def _cautions(facts: SetFacts, card: BackboneCard | None) -> list[str]:
             f"{facts.images:,} images are few to learn from scratch: released weights are the"
             " better start where they fit the images (--from WEIGHTS)."
         )
-    if facts.copies > _COPIES * facts.sample:
-        found.append(
-            f"{facts.copies} of {facts.sample} images look like another one of them, and there are"
-            f" more in the whole set: see `dinoscale data deduplicate {shlex.quote(facts.spec)}`."
-        )
+    found += _cautions_of_copies(facts)
     if facts.unreadable > _BAD * facts.sample:
         found.append(
             f"{facts.unreadable} of {facts.sample} images cannot be read: see `dinoscale data"
@@ -288,6 +285,43 @@ def _cautions(facts: SetFacts, card: BackboneCard | None) -> list[str]:
             " data.max_bad_fraction, above which a run ends."
         )
     return [*found, *_cautions_of_channels(facts, card), *_cautions_of_labels(facts)]
+
+
+def copies_of_the_set(facts: SetFacts) -> tuple[float, float, float]:
+    """Share of copies in the whole set, and an interval of about 95 %.
+
+    A copy shows only if its original is in the sample, too. A pair of N images is with n of them
+    with probability n (n - 1) / (N (N - 1)), so that c pairs stand for c N (N - 1) / (n (n - 1)).
+    The interval is that of a Poisson number, c + 2 -+ 2 sqrt(c + 1). Many copies of one image make
+    more pairs than copies: then the estimate is too high, and ends at 1.
+    """
+    read, whole = facts.sample - facts.unreadable, facts.images
+    if facts.sample == whole or read < 2:
+        return (facts.copies / max(read, 1),) * 3
+    each = (whole - 1) / (read * (read - 1))  # share of the set that a pair stands for
+    middle, spread = facts.copies + 2, 2 * math.sqrt(facts.copies + 1)
+    low, high = (min(pairs * each, 1.0) for pairs in (middle - spread, middle + spread))
+    return min(facts.copies * each, 1.0), low, high
+
+
+def _cautions_of_copies(facts: SetFacts) -> list[str]:
+    share, low, high = copies_of_the_set(facts)
+    command = f"`dinoscale data deduplicate {shlex.quote(facts.spec)}`"
+    if share > _COPIES:
+        whole = f"about {share:.0%} of the whole set are copies ({low:.0%} to {high:.0%})"
+        if low == high:
+            whole = "all were looked at"
+        return [
+            f"{facts.copies} of {facts.sample} images look like another one of them; {whole}: see"
+            f" {command}."
+        ]
+    if high > _UNSEEN:
+        enough = math.ceil(math.sqrt(4 * facts.images / _UNSEEN) / 1000) * 1000
+        return [
+            f"{facts.sample} of {facts.images:,} images do not show copies, of which there may be"
+            f" many: look at more (--images {enough}), or see {command}."
+        ]
+    return []
 
 
 def _cautions_of_channels(facts: SetFacts, card: BackboneCard | None) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from dinoscale.convert.card import BackboneCard, BackboneShape
 from dinoscale.convert.run_checkpoint import card_of
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.models.rope import Rope
-from dinoscale.recipe.choose import Recipe, choose, prototypes
+from dinoscale.recipe.choose import Recipe, choose, copies_of_the_set, prototypes
 from dinoscale.recipe.write import as_yaml
 from tests.unit.data.many_channels import npy, pixels, png, tiff
 
@@ -103,11 +104,33 @@ def test_a_step_divides_over_the_gpus() -> None:
 
 
 def test_a_set_is_warned_about() -> None:
-    facts = replace(CIFAR, images=900, copies=40, unreadable=30, channels=4, other_channels=2)
+    facts = replace(
+        CIFAR, images=900, sample=900, copies=40, unreadable=30, channels=4, other_channels=2
+    )
     cautions = "\n".join(choose(facts).cautions)
-    for part in ("900 images are few", "40 of 1000", "30 of 1000", "other channels", "10 classes"):
+    for part in ("900 images are few", "40 of 900", "30 of 900", "other channels", "10 classes"):
         assert part in cautions
-    assert not choose(IMAGENET).cautions
+    assert not choose(replace(IMAGENET, sample=8000)).cautions
+
+
+def test_copies_of_the_set_are_estimated_from_the_pairs_of_a_sample() -> None:
+    rng, whole, read = np.random.default_rng(0), 20_000, 1000  # each image twice
+    found = []
+    for _ in range(100):
+        originals = rng.choice(whole, read, replace=False) // 2
+        facts = replace(IMAGENET, images=whole, copies=read - len(np.unique(originals)))
+        share, low, high = copies_of_the_set(facts)
+        found.append((share, low <= 0.5 <= high))
+    shares, covered = np.transpose(found)
+    # Of a Poisson number of 25: the mean of 100 within four standard errors of 2 % of the set.
+    assert abs(shares.mean() - 0.5) < 4 * 0.5 / math.sqrt(25 * 100)
+    assert covered.mean() >= 0.88  # 95 % less three standard errors
+    doubled = "\n".join(choose(replace(CIFAR, copies=10)).cautions)
+    assert "about 50% of the whole set are copies (27% to 93%)" in doubled
+    assert copies_of_the_set(replace(CIFAR, images=1000, copies=10)) == (0.01,) * 3
+    unseen = choose(IMAGENET).cautions
+    assert "1000 of 1,281,167 images do not show copies" in "\n".join(unseen)
+    assert "--images 5000" in unseen[0]
 
 
 def test_going_on_keeps_what_the_weights_have() -> None:
@@ -145,11 +168,11 @@ def test_files_that_cannot_be_read_as_the_channels_of_the_weights_keep_theirs(
     assert "see 3 channels and the images have 13" in "\n".join(_on(bands, RGB_CARD).cautions)
     gray = replace(IMAGENET, channels=1, colorless=1.0, mean=(0.4,), std=(0.3,))
     as_rgb, as_stored = _on(gray, RGB_CARD), _on(replace(gray, arrays=200), RGB_CARD)
-    assert (_values(as_rgb)["data.channels"], as_rgb.cautions) == (3, ())
-    assert (_values(as_stored)["data.channels"], len(as_stored.cautions)) == (1, 1)
+    assert (_values(as_rgb)["data.channels"], as_rgb.cautions) == (3, choose(gray).cautions)
+    assert (_values(as_stored)["data.channels"], len(as_stored.cautions)) == (1, 2)
     bands_card = replace(RGB_CARD, backbone=replace(RGB_CARD.backbone, in_chans=13))
     assert _values(_on(bands, bands_card))["data.color_ops_on"] == "device"
-    assert not _on(bands, bands_card).cautions
+    assert _on(bands, bands_card).cautions == choose(bands).cautions
 
 
 def test_color_among_gray_images_is_kept(tmp_path: Path) -> None:
