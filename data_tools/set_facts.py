@@ -44,6 +44,7 @@ SAMPLE = 1000  # images, read and decoded
 _RADIUS = 6  # bits in which the hashes of copies differ at most; the default of `deduplicate`
 _BLOCK = 32  # images that a process decodes at once
 _COLORLESS = 2  # levels of 255 by which the channels of a gray picture differ, after JPEG
+_OVERSHOOT = 1.1  # highest float of pictures from 0 to 1, whose resampling goes a little beyond
 _GRAY_MODES = ("1", "L", "LA", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 _ROW = np.dtype([("hash", "<u8"), ("hashed", "?"), ("thumbnail", "u1", (THUMBNAIL, THUMBNAIL, 3))])
 
@@ -63,7 +64,9 @@ class SetFacts:
         arrays: files of the sample that are arrays, which are not converted to gray or RGB.
         colorless: share of the readable ones that hold three equal channels, or one. Pictures are
             read as RGB for it, so that a colored one among gray ones is seen.
-        max_pixel_value: white of files of more than 8 bits, a guess; None where all have 8.
+        max_pixel_value: white of files of more than 8 bits, a guess; None where all have 8, or no
+            one number is white.
+        mixed_scales: why none is, in words; empty otherwise.
         copies: images of the sample that look like an earlier one of it.
         mean: of each channel in 0..1, each picture counting the same; gray pictures have three.
         std: likewise.
@@ -80,6 +83,7 @@ class SetFacts:
     arrays: int
     colorless: float
     max_pixel_value: float | None
+    mixed_scales: str
     copies: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -107,8 +111,7 @@ def look_at(spec: str, *, images: int = SAMPLE, workers: int) -> SetFacts:
     channels = kinds.most_common(1)[0][0]
     arrays = sum(kind is not None and kind.is_array for kind in stored)
     read_as = 3 if channels == 1 and not arrays else channels
-    highest = max(kind.highest for kind in stored if kind is not None)
-    white = None if highest <= INTEGER_WHITES[0] else min(w for w in INTEGER_WHITES if w >= highest)
+    white, mixed = _white([kind.numbers for kind in stored if kind and kind.numbers])
     if (read_as, white) != (3, None):
         source = open_pictures(spec, Decoder(read_as, white))
     blocks = [ids[first : first + _BLOCK] for first in range(0, len(ids), _BLOCK)]
@@ -130,6 +133,7 @@ def look_at(spec: str, *, images: int = SAMPLE, workers: int) -> SetFacts:
         arrays=arrays,
         colorless=sum(block["colorless"] for block in found) / len(sides),
         max_pixel_value=white,
+        mixed_scales=mixed,
         copies=_copies([row for block in found for row in block["rows"]]),
         mean=tuple(round(float(value), 4) for value in mean),
         std=tuple(round(float(value), 4) for value in np.sqrt(np.maximum(square - mean**2, 0))),
@@ -138,18 +142,51 @@ def look_at(spec: str, *, images: int = SAMPLE, workers: int) -> SetFacts:
 
 
 @dataclass(frozen=True)
+class _Numbers:
+    """The range of a file of more than 8 bits, and whether it holds whole numbers."""
+
+    low: float
+    high: float
+    whole: bool
+
+
+@dataclass(frozen=True)
 class _Stored:
-    """How a file holds its picture: channels, and the highest number if it has more than 8 bits."""
+    """How a file holds its picture: channels, and its numbers if it has more than 8 bits."""
 
     channels: int
-    highest: float
+    numbers: _Numbers | None = None
     is_array: bool = False
+
+
+def _white(files: list[_Numbers]) -> tuple[float | None, str]:
+    """The number that is white in all files of more than 8 bits, or None and why there is none.
+
+    It is the smallest usual one that holds all numbers of the sample, or the highest of those; of
+    floats, which have no depth, a usual one if that is near.
+    """
+    if not files:
+        return None, ""
+    count, low = len(files), min(numbers.low for numbers in files)
+    high, whole = max(numbers.high for numbers in files), sum(numbers.whole for numbers in files)
+    if below := sum(numbers.low < 0 for numbers in files):
+        return None, f"{below} of {count} files hold numbers below 0, down to {low:g}"
+    if whole not in (0, count):
+        return None, f"{whole} of {count} files hold whole numbers, the others floats"
+    if whole:
+        return min((white for white in INTEGER_WHITES if white >= high), default=high), ""
+    if high <= _OVERSHOOT:
+        return 1.0, ""
+    if small := sum(0 < numbers.high <= _OVERSHOOT for numbers in files):
+        return None, f"{small} of {count} files hold numbers up to 1, others up to {high:g}"
+    near = [white for white in INTEGER_WHITES if high <= white <= 2 * high]
+    return min(near, default=high), ""
 
 
 def _stored(source: Source | Files, index: int) -> _Stored | None:
     """None for a file that cannot be read."""
     if source.path(index).startswith(PREFIX):
-        return _Stored(3, 0.0)
+        return _Stored(3)
     try:
         data = source.data(index)  # type: ignore[union-attr]  # all but drawn sets have files
         header = read_header(data, source.path(index))
@@ -166,18 +203,26 @@ def _is_array(header: Header, data: bytes) -> bool:
 def _array(data: bytes) -> _Stored:
     shape, dtype = array_header(data)
     channels = min(shape[0], shape[-1]) if len(shape) == 3 else 1
-    if dtype != "uint16":
-        return _Stored(channels, 0.0, is_array=True)
+    if dtype == "uint8":
+        return _Stored(channels, is_array=True)
     read = read_npy if data.startswith(NPY_START) else read_tiff
-    return _Stored(channels, float(read(data, channels=channels).max()), is_array=True)
+    return _Stored(channels, _numbers(read(data, channels=channels)), is_array=True)
 
 
 def _picture(header: Header, data: bytes) -> _Stored:
     channels = 1 if header.mode in _GRAY_MODES else 3
-    if not header.mode.startswith("I"):
-        return _Stored(channels, 0.0)
+    if not header.mode.startswith(("I", "F")) or header.format == "PPM":  # PGM says what is white
+        return _Stored(channels)
     with Image.open(io.BytesIO(data)) as opened:
-        return _Stored(channels, float(np.asarray(opened).max()))
+        return _Stored(channels, _numbers(np.asarray(opened)))
+
+
+def _numbers(pixels: NDArray[Any]) -> _Numbers | None:
+    """None without a finite number."""
+    finite = pixels[np.isfinite(pixels)]
+    if not finite.size:
+        return None
+    return _Numbers(float(finite.min()), float(finite.max()), pixels.dtype.kind != "f")
 
 
 def _examine(source: Source, ids: NDArray[np.int64]) -> Json:

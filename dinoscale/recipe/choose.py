@@ -284,6 +284,12 @@ def _cautions(facts: SetFacts, card: BackboneCard | None) -> list[str]:
             f" inspect-shards {shlex.quote(facts.spec)}`, remove them, or raise"
             " data.max_bad_fraction, above which a run ends."
         )
+    if facts.mixed_scales:
+        found.append(
+            f"{facts.mixed_scales}: no one number is white, so that each image is scaled by its own"
+            " range, and brightness does not compare between images. Store them on one scale from"
+            " 0, and set data.max_pixel_value."
+        )
     return [*found, *_cautions_of_channels(facts, card), *_cautions_of_labels(facts)]
 
 

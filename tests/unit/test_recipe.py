@@ -34,6 +34,7 @@ IMAGENET = SetFacts(
     arrays=0,
     colorless=0.01,
     max_pixel_value=None,
+    mixed_scales="",
     copies=0,
     mean=(0.485, 0.456, 0.406),
     std=(0.229, 0.224, 0.225),
@@ -223,6 +224,45 @@ def test_deep_images_of_many_channels_get_their_channels_and_white(tmp_path: Pat
     assert (facts.channels, facts.max_pixel_value, len(facts.mean)) == (7, 4095.0, 7)
     chosen = _chosen(facts)
     assert (chosen["data.channels"], chosen["data.color_ops_on"]) == (7, "device")
+
+
+@pytest.mark.parametrize(
+    ("ranges", "white", "mixed"),
+    [
+        ([("uint16", 0, 200), ("uint16", 0, 90)], 255.0, ""),
+        ([("int16", 0, 200), ("int16", 0, 3000)], 4095.0, ""),
+        ([("float32", 0, 0.5), ("float32", 0, 1.02)], 1.0, ""),
+        ([("float32", 0, 10)], 10.0, ""),
+        ([("float32", 0, 5000), ("float32", 0, 10_000)], 16383.0, ""),
+        ([("float64", 0, 1e6)], 1e6, ""),
+        ([("int16", -1024, 3000), ("int16", 0, 9)], None, "1 of 2 files hold numbers below 0"),
+        ([("float32", 0, 1), ("float32", 0, 90)], None, "1 of 2 files hold numbers up to 1, "),
+        ([("float32", 0, 1), ("uint16", 0, 90)], None, "1 of 2 files hold whole numbers"),
+        ([("uint8", 0, 255)], None, ""),
+    ],
+)
+def test_white_is_one_number_or_it_is_said_why_not(
+    tmp_path: Path, ranges: list[tuple[str, float, float]], white: float | None, mixed: str
+) -> None:
+    for index, (dtype, low, high) in enumerate(ranges):
+        data = np.linspace(low, high, 24 * 24).reshape(24, 24).astype(dtype)
+        (tmp_path / f"{index}.npy").write_bytes(npy(data))
+    facts = look_at(str(tmp_path), workers=1)
+    assert facts.max_pixel_value == white
+    assert facts.mixed_scales.startswith(mixed)
+    assert bool(facts.mixed_scales) == bool(mixed)
+    cautions = "\n".join(choose(facts).cautions)
+    assert ("brightness does not compare" in cautions) == bool(mixed)
+    assert _chosen(facts).get("data.max_pixel_value") == white
+
+
+def test_floats_and_deep_pgm_in_pictures(tmp_path: Path) -> None:
+    for index in range(2):
+        gray = np.linspace(0, 0.5, 24 * 24, dtype=np.float32).reshape(24, 24)
+        Image.fromarray(gray).save(tmp_path / f"{index}.tif")
+    assert look_at(str(tmp_path), workers=1).max_pixel_value == 1.0
+    (tmp_path / "0.pgm").write_bytes(b"P5 2 2 4095 " + bytes(range(8)))
+    assert not look_at(str(tmp_path), workers=1).mixed_scales
 
 
 def test_the_file_loads_and_is_not_written_over(
