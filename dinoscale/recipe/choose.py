@@ -24,6 +24,7 @@ _COPIES = 0.01  # share of copies in the whole set from which they are worth a w
 _UNSEEN = 0.25  # share of copies that a sample must not overlook
 _COLORED = 0.01  # share of images with color, up to which a set is gray
 _BOTH = 0.05  # share of gray and of colored images, from which a set is a mixture
+_MASK_GROUP = 4  # ibot.mask_group of base/adapt.yaml
 _BAD = 0.001  # default of data.max_bad_fraction
 
 
@@ -63,8 +64,8 @@ def choose(
         card: of the weights.
 
     Raises:
-        ConfigError: the weights are of a ResNet, a model is given beside weights, there are no
-            GPUs, or a channel count does not fit.
+        ConfigError: the weights are of a ResNet, a model is given beside weights, or there are no
+            GPUs, or more than the images suffice for.
     """
     if gpus < 1:
         raise ConfigError(f"--gpus {gpus}: need at least 1")
@@ -120,12 +121,28 @@ def prototypes(images: int) -> int:
     return 1 << power
 
 
-def _batch(images: int, gpus: int) -> int:
-    """Images of a step: as the reason of train.batch_size says, but no more than there are."""
-    hundredth = int(math.log2(max(images / 100, 1)))
-    power = 1 << min(max(hundredth, 6), 10, int(math.log2(images)))
-    rounded = -(-power // gpus) * gpus
-    return rounded if rounded <= images else max(power // gpus, 1) * gpus
+def _batch(images: int, gpus: int, *, group: int = 1, most: int = 1024) -> int:
+    """Images of a step: as the reason of train.batch_size says, but no more than there are.
+
+    Args:
+        images: of the set.
+        gpus: each of which takes the same number.
+        group: of which that is a multiple.
+        most: images of a step, before it is rounded up.
+
+    Raises:
+        ConfigError: there are fewer images than the GPUs take at least.
+    """
+    unit, hundredth = gpus * group, int(math.log2(max(images / 100, 1)))
+    if unit > images:
+        few = images // group
+        remedy = f"use {few} GPU{'s' * (few > 1)} or fewer" if few else "add images"
+        raise ConfigError(
+            f"--gpus {gpus}: a step takes {unit} images or more, of {images}; {remedy}"
+        )
+    size = min(1 << min(max(hundredth, 6), 10, int(math.log2(images))), most)
+    rounded = -(-size // unit) * unit
+    return rounded if rounded <= images else images // unit * unit
 
 
 def _momentum(batch: int, steps: int) -> list[Setting]:
@@ -176,7 +193,7 @@ def _going_on(
             " choose weights of a ViT"
         )
     base = "adapt_dinov3_vits16" if model.rotates else "adapt_dinov2_vits14"
-    batch = -(-min(768, _batch(facts.images, gpus)) // gpus) * gpus
+    batch = _batch(facts.images, gpus, group=_MASK_GROUP, most=768)
     settings = [
         Setting("train.init_from", weights, "the weights to go on from"),
         Setting("model.backbone", shape.name, "what they are"),
@@ -189,7 +206,12 @@ def _going_on(
             )
             for head in ("head", "patch_head")
         ),
-        Setting("train.batch_size", batch, "768 as published for 8 GPUs, or fewer by the images"),
+        Setting(
+            "train.batch_size",
+            batch,
+            "768 as published for 8 GPUs, or fewer by the images, in whole groups of"
+            f" {_MASK_GROUP} on each GPU (ibot.mask_group)",
+        ),
         Setting("train.micro_batch_size", "auto", "the largest that fits"),
         *_pixels_of(card, facts),
         Setting("eval.resize", card.resize, "theirs"),

@@ -97,11 +97,24 @@ def test_prototypes_are_a_power_of_two_in_a_range(images: int, number: int) -> N
     assert prototypes(images) == number
 
 
-def test_a_step_divides_over_the_gpus() -> None:
-    for gpus in (1, 3, 8, 48, 1000):
-        assert _chosen(CIFAR, gpus=gpus)["train.batch_size"] % gpus == 0  # type: ignore[operator]
+@pytest.mark.parametrize("going_on", [False, True])
+def test_a_step_divides_over_the_gpus(tmp_path: Path, going_on: bool) -> None:
+    card = RGB_CARD if going_on else None
+    for number, (images, gpus) in enumerate(
+        ((50_000, 1), (50_000, 7), (50_000, 128), (50_000, 1000), (900, 3), (90, 6), (30, 7))
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        config = _resolved(folder, replace(CIFAR, images=images), gpus=gpus, card=card)
+        assert config.train.batch_size % gpus == 0
+        assert config.train.batch_size <= images
     with pytest.raises(ConfigError, match="--gpus 0: need at least 1"):
         choose(CIFAR, gpus=0)
+    too_many = r"--gpus 64: a step takes (64|256) images or more, of 60; use (60|15) GPUs or fewer"
+    with pytest.raises(ConfigError, match=too_many):
+        choose(replace(CIFAR, images=60), gpus=64, weights=card and "w", card=card)
+    with pytest.raises(ConfigError, match="of 3; add images"):
+        choose(replace(CIFAR, images=3), weights="w", card=RGB_CARD)
 
 
 def test_a_set_is_warned_about() -> None:
