@@ -15,6 +15,8 @@ from data_tools.set_facts import SetFacts, look_at
 from dinoscale.config import load_config, resolve
 from dinoscale.config.resolve import without_auto
 from dinoscale.convert.card import BackboneCard
+from dinoscale.data.shards.remote import is_remote
+from dinoscale.data.sources.source import open_source
 from dinoscale.data.sources.synthetic import PREFIX
 from dinoscale.errors import ConfigError, DinoscaleError
 from dinoscale.recipe.choose import Recipe, Setting, choose
@@ -49,12 +51,11 @@ def write_recipe(
     Raises:
         CheckpointError: the weights cannot be read.
         ConfigError: the file exists or cannot be written, or the arguments do not go together.
-        DataError: the images cannot be read.
+        DataError: the images cannot be read, or not by a training.
     """
     if out.exists():
         raise ConfigError(f"--out {out}: exists; give another name, or delete it")
-    if not spec.startswith(PREFIX):
-        spec = os.path.abspath(os.path.expanduser(spec))
+    spec = _as_training_opens(spec)
     if weights is not None:
         weights = os.path.abspath(os.path.expanduser(weights))
     card = None if weights is None else _card_of(weights)
@@ -83,6 +84,22 @@ def write_recipe(
         "cautions": list(recipe.cautions),
         "facts": asdict(facts),
     }
+
+
+def _as_training_opens(spec: str) -> str:
+    """The source with its whole path, of those that a training opens.
+
+    The tools of `data` read more: lists of any name and of members of shards, and tars of tars.
+
+    Raises:
+        DataError: a training does not read it, or not from a disk.
+    """
+    if not spec.startswith(PREFIX) and not is_remote(spec):
+        spec = os.path.abspath(os.path.expanduser(spec))
+        if not os.path.isfile(spec):
+            return spec  # a folder or a pattern, which all read alike
+    open_source(spec)
+    return spec
 
 
 def _card_of(weights: str) -> BackboneCard:

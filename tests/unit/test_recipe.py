@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -295,3 +296,29 @@ def test_the_file_loads_and_is_not_written_over(
     with pytest.raises(ConfigError, match="exists; give another name, or delete it"):
         run(["recipe", str(tmp_path / "images"), "--out", str(out)])
     assert out.read_text() == before
+
+
+def test_only_what_a_training_opens_gets_a_recipe(tmp_path: Path) -> None:
+    _noise(tmp_path / "images", images=8)
+    inner, outer, out = tmp_path / "a.tar", tmp_path / "outer.tar", tmp_path / "mine.yaml"
+    with tarfile.open(inner, "w") as tar:
+        for path in sorted((tmp_path / "images").iterdir()):
+            tar.add(path, path.name)
+    with tarfile.open(outer, "w") as tar:
+        tar.add(inner, inner.name)
+    (tmp_path / "list").write_text("images/000.png\n")
+    (tmp_path / "members.txt").write_text("a.tar::000.png\n")
+    for name, why in (
+        ("outer.tar", "no images in"),
+        ("list", "is not a .tar shard"),
+        ("members.txt", "none of the first 1 files"),
+    ):
+        with pytest.raises(DataError, match=why):
+            run(["recipe", str(tmp_path / name), "--out", str(out)])
+    with pytest.raises(DataError, match="can only be trained on"):
+        run(["recipe", "s3://bucket/{000..007}.tar", "--out", str(out)])
+    assert not out.exists()
+    for name in ("a.tar", "images", "[ab].tar"):
+        assert not run(["recipe", str(tmp_path / name), "--out", str(out)])
+        assert resolve(without_auto(load_config(str(out))), world_size=1, num_images=8)
+        out.unlink()
