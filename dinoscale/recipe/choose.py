@@ -24,6 +24,7 @@ _COPIES = 0.01  # share of copies in the whole set from which they are worth a w
 _UNSEEN = 0.25  # share of copies that a sample must not overlook
 _COLORED = 0.01  # share of images with color, up to which a set is gray
 _BOTH = 0.05  # share of gray and of colored images, from which a set is a mixture
+_LEAST_STD = 0.004  # a level of 255, in which pixels are counted
 _MASK_GROUP = 4  # ibot.mask_group of base/adapt.yaml
 _BAD = 0.001  # default of data.max_bad_fraction
 
@@ -261,7 +262,11 @@ def _pixels(facts: SetFacts, *, channels: int, why: str) -> list[Setting]:
     found = [
         Setting("data.channels", channels, why),
         Setting("data.mean", mean, f"of {facts.sample - facts.unreadable} of the images"),
-        Setting("data.std", std, "likewise"),
+        Setting(
+            "data.std",
+            [max(value, _LEAST_STD) for value in std],
+            "likewise" if min(std) >= _LEAST_STD else "likewise, but at least a level of 255",
+        ),
         *_color_ops(channels),
     ]
     return found if facts.max_pixel_value is None else [*found, _white(facts.max_pixel_value)]
@@ -305,6 +310,11 @@ def _cautions(facts: SetFacts, card: BackboneCard | None) -> list[str]:
             f"{facts.unreadable} of {facts.sample} images cannot be read: see `dinoscale data"
             f" inspect-shards {shlex.quote(facts.spec)}`, remove them, or raise"
             " data.max_bad_fraction, above which a run ends."
+        )
+    if flat := [number for number, value in enumerate(facts.std) if value < _LEAST_STD]:
+        found.append(
+            f"channels {flat}, counted from 0, are nearly the same in all pixels of the sample: are"
+            " these the right images, and is data.max_pixel_value their white?"
         )
     if facts.mixed_scales:
         found.append(

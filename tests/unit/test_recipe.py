@@ -270,6 +270,18 @@ def test_white_is_one_number_or_it_is_said_why_not(
     assert _chosen(facts).get("data.max_pixel_value") == white
 
 
+def test_channels_without_contrast_get_a_deviation_that_divides(tmp_path: Path) -> None:
+    for index in range(8):
+        black = np.zeros((24, 24, 3), np.uint8)
+        Image.fromarray(black).save(tmp_path / f"{index}.png")
+    facts = look_at(str(tmp_path), workers=1)
+    assert facts.std == (0.0,) * 3
+    assert "channels [0, 1, 2], counted from 0, are nearly" in "\n".join(choose(facts).cautions)
+    assert min(_resolved(tmp_path, facts).data.std) == 0.004
+    one_band = replace(IMAGENET, channels=4, arrays=1, mean=(0.4,) * 4, std=(0.3, 0.2, 0.0, 0.3))
+    assert _chosen(one_band)["data.std"] == [0.3, 0.2, 0.004, 0.3]
+
+
 def test_floats_and_deep_pgm_in_pictures(tmp_path: Path) -> None:
     for index in range(2):
         gray = np.linspace(0, 0.5, 24 * 24, dtype=np.float32).reshape(24, 24)
