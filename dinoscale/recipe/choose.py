@@ -24,6 +24,12 @@ _COPIES = 0.01  # share of copies in the whole set from which they are worth a w
 _UNSEEN = 0.25  # share of copies that a sample must not overlook
 _COLORED = 0.01  # share of images with color, up to which a set is gray
 _BOTH = 0.05  # share of gray and of colored images, from which a set is a mixture
+_PATCHES = 16  # along a global crop of DINOv2 and DINOv3
+_PHASES = (20, 50)  # epochs of base/adapt.yaml, of
+_EPOCH_STEPS = 500  # steps each
+_MOST_PASSES = (
+    200  # over the images when going on, where published runs from scratch make 100 to 800
+)
 _LEAST_STD = 0.004  # a level of 255, in which pixels are counted
 _MASK_GROUP = 4  # ibot.mask_group of base/adapt.yaml
 _BAD = 0.001  # default of data.max_bad_fraction
@@ -185,21 +191,19 @@ def _going_on(
     facts: SetFacts, weights: str, card: BackboneCard, *, gpus: int
 ) -> tuple[str, list[Setting]]:
     shape = card.backbone
-    layers = _layers(shape)
-    model = ModelConfig.model_validate({"backbone": shape.name, **layers})
-    patch = model.effective_patch_size  # of the name where the card has none
+    layers, patch = _layers(shape), _patch_of(card)
     if patch is None:
         raise ConfigError(
             f"--from {weights}: a {shape.name} has no patches, which the recipe for going on masks;"
             " choose weights of a ViT"
         )
-    base = "adapt_dinov3_vits16" if model.rotates else "adapt_dinov2_vits14"
+    base = "adapt_dinov3_vits16" if _model_of(card).rotates else "adapt_dinov2_vits14"
     batch = _batch(facts.images, gpus, group=_MASK_GROUP, most=768)
     settings = [
         Setting("train.init_from", weights, "the weights to go on from"),
         Setting("model.backbone", shape.name, "what they are"),
         *(Setting(f"model.{key}", value, "theirs") for key, value in layers.items()),
-        Setting("crops.global_size", 16 * patch, "16 x 16 patches, as DINOv2 and DINOv3"),
+        Setting("crops.global_size", _PATCHES * patch, "16 x 16 patches, as DINOv2 and DINOv3"),
         Setting("crops.local_size", 7 * patch, "7 x 7 patches, as DINOv2 and DINOv3"),
         *(
             Setting(
@@ -214,11 +218,36 @@ def _going_on(
             f" {_MASK_GROUP} on each GPU (ibot.mask_group)",
         ),
         Setting("train.micro_batch_size", "auto", "the largest that fits"),
+        Setting("train.steps_per_epoch", *_epoch_steps(facts.images, batch)),
         *_pixels_of(card, facts),
         Setting("eval.resize", card.resize, "theirs"),
         Setting("eval.crop", card.crop, "theirs"),
     ]
     return base, settings
+
+
+def _epoch_steps(images: int, batch: int) -> tuple[int, str]:
+    """Steps of an epoch when going on, and why so many."""
+    epochs = sum(_PHASES)
+    steps = min(_EPOCH_STEPS, max(1, _MOST_PASSES * images // (batch * epochs)))
+    passes, total = steps * epochs * batch / images, steps * epochs
+    length = f"{total:,} steps in {epochs} epochs, {passes:,.1f} times all images"
+    if steps == _EPOCH_STEPS:
+        return steps, f"{length}: as in base/adapt.yaml"
+    return steps, (
+        f"{length}: {_EPOCH_STEPS}, as in base/adapt.yaml, would be more than {_MOST_PASSES} times"
+        " [D]; warm-ups shorten with it"
+    )
+
+
+def _patch_of(card: BackboneCard) -> int | None:
+    """Pixels along a side, of the card or of the name of its model; None without patches."""
+    return _model_of(card).effective_patch_size
+
+
+def _model_of(card: BackboneCard) -> ModelConfig:
+    shape = card.backbone
+    return ModelConfig.model_validate({"backbone": shape.name, **_layers(shape)})
 
 
 def _pixels_of(card: BackboneCard, facts: SetFacts) -> list[Setting]:
@@ -398,5 +427,12 @@ def _cautions_on(facts: SetFacts, card: BackboneCard) -> list[str]:
             f"the weights see {channels} channels and the images have {facts.channels}: the first"
             " layer starts as the mean over the channels of the weights, so that what it knows of"
             " color is lost."
+        )
+    side, crop = facts.short_side[1], _PATCHES * (_patch_of(card) or 1)
+    if side * 4 < crop * 3:
+        found.append(
+            f"crops of {crop} px enlarge the images, {side} px in the median, {crop / side:.2g}"
+            f" times, as the patches of the weights have {crop // _PATCHES} px. Fewer patches"
+            " (crops.global_size) are cheaper and coarser; from scratch, patches can be smaller."
         )
     return found

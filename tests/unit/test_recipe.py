@@ -14,7 +14,7 @@ from PIL import Image
 
 from data_tools.set_facts import SetFacts, look_at
 from dinoscale.cli import run
-from dinoscale.config import RunConfig, load_config, resolve
+from dinoscale.config import RunConfig, load_config, phases_of, resolve
 from dinoscale.config.resolve import without_auto
 from dinoscale.convert.card import BackboneCard, BackboneShape
 from dinoscale.convert.run_checkpoint import card_of
@@ -204,6 +204,21 @@ def test_color_among_gray_images_is_kept(tmp_path: Path) -> None:
     assert _chosen(few)["data.channels"] == 1
     assert _chosen(replace(few, arrays=200, channels=3))["data.channels"] == 3
     assert "5 have color, which data.channels=1 drops" in "\n".join(choose(few).cautions)
+
+
+def test_going_on_with_few_or_small_images_is_short_and_says_what_it_enlarges(
+    tmp_path: Path,
+) -> None:
+    config = _resolved(tmp_path, replace(IMAGENET, images=900), card=RGB_CARD)
+    steps = config.train.steps_per_epoch
+    assert steps is not None
+    epochs = config.train.epochs + phases_of(config)[0].train.epochs
+    assert 190 < steps * epochs * config.train.batch_size / 900 <= 200
+    assert _values(_on(IMAGENET, RGB_CARD))["train.steps_per_epoch"] == 500
+    assert _values(_on(replace(IMAGENET, images=4), RGB_CARD))["train.steps_per_epoch"] == 2
+    small = "\n".join(_on(CIFAR, RGB_CARD).cautions)
+    assert "crops of 256 px enlarge the images, 32 px in the median, 8 times" in small
+    assert "enlarge" not in "\n".join(_on(IMAGENET, RGB_CARD).cautions)
 
 
 def test_copies_gray_and_damaged_images_are_seen(tmp_path: Path) -> None:
