@@ -23,6 +23,8 @@ from dinoscale.recipe.choose import Recipe, Setting, choose
 
 log = logging.getLogger(__name__)
 
+_NODE_GPUS = 8  # of one node, as `dinoscale plan` assumes
+
 
 def write_recipe(
     spec: str,
@@ -72,13 +74,12 @@ def write_recipe(
     except DinoscaleError:
         out.unlink()
         raise
-    command = next_command(out, gpus=gpus)
     for caution in recipe.cautions:
         log.warning("%s", caution)
-    log.info("wrote %s; read it, then: %s", out, command)
+    log.info("wrote %s; read it, then: %s", out, _how_to_start(out, gpus=gpus))
     return {
         "path": str(out),
-        "command": command,
+        "command": next_command(out, gpus=gpus),
         "base": recipe.base,
         "settings": {setting.key: setting.value for setting in recipe.settings},
         "cautions": list(recipe.cautions),
@@ -139,6 +140,20 @@ def _text(value: object) -> str:
 
 
 def next_command(path: Path, *, gpus: int) -> str:
-    """The line that trains with the preset."""
+    """The line that trains with the preset; beyond a node, it is for nodes in a file `hostfile`."""
+    name = shlex.quote(str(path))
+    if gpus > _NODE_GPUS:
+        return f"dinoscale launch {name} --hostfile hostfile"
     start = "dinoscale" if gpus == 1 else f"torchrun --nproc-per-node {gpus} -m dinoscale"
-    return f"{start} train {shlex.quote(str(path))}"
+    return f"{start} train {name}"
+
+
+def _how_to_start(path: Path, *, gpus: int) -> str:
+    """The same in words."""
+    command = next_command(path, gpus=gpus)
+    if gpus <= _NODE_GPUS:
+        return command
+    return (
+        f"{command} (a line `node1 slots={_NODE_GPUS}` for each node, {gpus} GPUs in all; under"
+        f" Slurm: srun python -m dinoscale train {shlex.quote(str(path))}, one task for each GPU)"
+    )

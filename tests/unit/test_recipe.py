@@ -21,7 +21,7 @@ from dinoscale.convert.run_checkpoint import card_of
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.models.rope import Rope
 from dinoscale.recipe.choose import Recipe, choose, copies_of_the_set, prototypes
-from dinoscale.recipe.write import as_yaml
+from dinoscale.recipe.write import as_yaml, next_command
 from tests.unit.data.many_channels import npy, pixels, png, tiff
 
 IMAGENET = SetFacts(
@@ -323,6 +323,18 @@ def test_the_file_loads_and_is_not_written_over(
     with pytest.raises(ConfigError, match="exists; give another name, or delete it"):
         run(["recipe", str(tmp_path / "images"), "--out", str(out)])
     assert out.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("gpus", "command"),
+    [
+        (1, "dinoscale train 'my set.yaml'"),
+        (8, "torchrun --nproc-per-node 8 -m dinoscale train 'my set.yaml'"),
+        (64, "dinoscale launch 'my set.yaml' --hostfile hostfile"),
+    ],
+)
+def test_the_next_line_is_one_that_reaches_all_gpus(gpus: int, command: str) -> None:
+    assert next_command(Path("my set.yaml"), gpus=gpus) == command
 
 
 def test_only_what_a_training_opens_gets_a_recipe(tmp_path: Path) -> None:
