@@ -80,14 +80,17 @@ def find_next_phase(config: RunConfig, runs: Sequence[RunConfig]) -> NextPhase:
 
 
 def _finished(phase: PhaseConfig, run: RunConfig) -> bool:
-    """Whether the newest checkpoint of a phase is that of its last step."""
+    """Whether the newest checkpoint of a phase is of its last step, and the guard passes it."""
     try:
-        state = Checkpoint(newest_first(Path(run.run_dir))[0]).state
+        checkpoint = Checkpoint(newest_first(Path(run.run_dir))[0])
+        state, known = checkpoint.state, checkpoint.progress.guarded
         steps = run.train.epochs * state["plan"]["steps_per_epoch"]
     except UnreadableError:
         raise
     except (CheckpointError, KeyError, TypeError):
         return False  # the training finds an older one
+    if run.guard.ends_runs and known is not None and not known.passes(state["step"]):
+        return False  # the training measures what is missing, and judges again
     train = phase.change.get("train")
     stop = train.get("stop_after_steps") if isinstance(train, dict) else None
     return bool(state["step"] >= (steps if stop is None else min(steps, stop)))

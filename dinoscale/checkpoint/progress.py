@@ -60,6 +60,10 @@ class Guarded:
             if not all(type(value) in (int, float) for value in values.values()):
                 raise TypeError("guarded: values are numbers")
 
+    def passes(self, step: int) -> bool:
+        """Whether the teacher after `step` was measured and has not fallen."""
+        return self.step >= step and not self.fall
+
     def score_at(self, step: int, measure: str) -> float | None:
         """Value of a measure if it was measured at `step` and was no fall."""
         return self.values.get(measure) if self.step == step and not self.fall else None

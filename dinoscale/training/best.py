@@ -8,9 +8,10 @@ from typing import NoReturn
 
 from dinoscale.checkpoint.layout import checkpoints
 from dinoscale.checkpoint.load import held_step
-from dinoscale.checkpoint.progress import Guarded
+from dinoscale.checkpoint.progress import Guarded, Progress
 from dinoscale.checkpoint.retention import Summary, best_of, summary
 from dinoscale.config import RunConfig
+from dinoscale.config.sections.guard import GuardConfig
 from dinoscale.convert.conversion import convert
 from dinoscale.errors import DinoscaleError, RunFailedError
 from dinoscale.runtime import distributed
@@ -31,6 +32,33 @@ def best_checkpoint(run_dir: Path) -> Summary | None:
         UnreadableError: the checkpoints cannot be listed.
     """
     return best_of([summary(path) for path in checkpoints(run_dir)])
+
+
+def has_verdict(progress: Progress, rule: GuardConfig) -> bool:
+    """Whether the last step needs no further verdict of a guard that ends runs."""
+    known = progress.guarded
+    return not rule.ends_runs or (known is not None and known.step >= progress.step)
+
+
+def finish(progress: Progress, config: RunConfig, heartbeat: Callable[[], None]) -> None:
+    """Export the best teacher of a run at its last step; all ranks call it.
+
+    Args:
+        progress: after the last step, which is saved.
+        config: of the run; nothing is done without a guard.
+        heartbeat: called while rank 0 works.
+
+    Raises:
+        RunFailedError: on every rank, if a fall ends the run and this step could not be measured.
+    """
+    if not has_verdict(progress, config.guard):
+        raise RunFailedError(
+            f"step {progress.step}, the last, is saved, but the guard could not measure it (see"
+            f" events.jsonl in {config.run_dir}): the same command tries again;"
+            " guard.on_fall=warn does without"
+        )
+    if config.guard.every_steps is not None:
+        on_first_rank(lambda _: export_best(Path(config.run_dir)), heartbeat)
 
 
 def export_best(run_dir: Path) -> Path | None:
@@ -94,7 +122,7 @@ def end_at_fall(
     step = on_first_rank(lambda _: _export_and_set_back(run_dir, roll_back=roll_back), heartbeat)
     step = distributed.broadcast_object(step)
     if roll_back and step is not None:
-        events.write(fall.step, "rolled back", to_step=step)
+        events.write(fall.step, "rolled back", to_step=step, reason=fall.fall)
     else:
         events.write(fall.step, "stopped", reason=fall.fall)
     raise RunFailedError(

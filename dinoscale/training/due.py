@@ -17,7 +17,7 @@ class Due(NamedTuple):
 
 def due_after(done: int, config: RunConfig, plan: RunPlan) -> Due:
     """What is due after `done` steps, skipped ones included."""
-    is_last = done == plan.stop_step
+    is_last = done >= plan.stop_step  # beyond it after a run has been shortened
     epoch, remainder = divmod(done, plan.steps_per_epoch)
     ends_epoch = remainder == 0
     every, guard_every = config.checkpoint.every_steps, config.guard.every_steps

@@ -42,7 +42,7 @@ from dinoscale.runtime.opening import on_all_ranks, on_first_rank
 from dinoscale.runtime.preemption import StopRequest
 from dinoscale.runtime.versions import versions
 from dinoscale.runtime.watchdog import Watchdog
-from dinoscale.training.best import end_at_fall, export_best
+from dinoscale.training.best import end_at_fall, finish, has_verdict
 from dinoscale.training.due import Due, due_after
 from dinoscale.training.feed import Feed, run_of_step
 from dinoscale.training.hooks.bad_steps import dump_bad_step
@@ -151,8 +151,9 @@ class Run:
             while self.progress.step < self.plan.stop_step:
                 self._take_steps()  # to the end, or to a rollback
             self._save_and_wait()
-            if self.config.guard.every_steps is not None:
-                on_first_rank(lambda _: export_best(self.run_dir), self.watchdog.heartbeat)
+            if self.stopping and not has_verdict(self.progress, self.config.guard):
+                self._preempt()
+            finish(self.progress, self.config, self.watchdog.heartbeat)
         self.metrics.close()
         left_out = left_out_counts(self.source, distributed.gather_objects(self.left_out))
         done = {"run_dir": str(self.run_dir), "steps": self.plan.stop_step}

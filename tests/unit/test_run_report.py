@@ -475,6 +475,17 @@ def test_a_run_before_its_first_step_has_a_report(tmp_path: Path) -> None:
     assert sorted(run_dir.rglob("*")) == before
 
 
+@pytest.mark.parametrize("kind", ["stopped", "rolled back"])
+def test_a_fall_at_the_last_step_is_no_finish_until_a_later_start(
+    tmp_path: Path, kind: str
+) -> None:
+    events = [event(STEPS, "fall", text="it fell"), event(STEPS, kind, reason="it fell")]
+    found = state_of(make_run(tmp_path / "fallen", log_lines(), events=events))
+    assert (found.how, found.reason) == ("failed", "it fell")
+    events.append(event(STEPS, "resumed", ranks=1))
+    assert state_of(make_run(tmp_path / "later", log_lines(), events=events)).how == "finished"
+
+
 def test_a_run_of_phases_has_a_page_that_leads_to_the_report_of_each(tmp_path: Path) -> None:
     kept = ("step", "epoch", "loss", "momentum", "knn_top1")
     lines = [{key: line[key] for key in kept if key in line} for line in log_lines()]

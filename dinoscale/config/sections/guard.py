@@ -48,3 +48,8 @@ class GuardConfig(Section):
         description="warn: an event and a warning. stop: end the run there. roll_back: end it, and "
         "set the later checkpoints aside, so that it resumes from the best one.",
     )
+
+    @property
+    def ends_runs(self) -> bool:
+        """Whether a fall ends the run."""
+        return self.every_steps is not None and self.on_fall != "warn"

@@ -96,6 +96,9 @@ def _stop_step(record: Record, per_epoch: int | None) -> int | None:
 
 def _how(record: Record, *, step: int, stop: int | None, age_s: float | None) -> tuple[How, str]:
     """What the run is doing or how it ended, and the reason of an early end."""
+    fallen = _end_at_fall(record, step)
+    if fallen:
+        return "failed", fallen
     if stop is not None and step >= stop and _is_saved(record, stop):
         return "finished", ""
     if record.ended_with:
@@ -109,6 +112,15 @@ def _how(record: Record, *, step: int, stop: int | None, age_s: float | None) ->
     if age_s <= max(_SILENT_S, _INTERVALS * record.last_interval_s):
         return "training", ""
     return "silent", ""
+
+
+def _end_at_fall(record: Record, step: int) -> str:
+    """Why the guard ended the last start, at its last step; empty if it did not."""
+    kinds = ("stopped", "rolled back", "resumed")
+    last = next((e for e in reversed(record.events.newest) if e.kind in kinds), None)
+    if last is None or last.kind == "resumed" or last.step < step:
+        return ""
+    return last.detail("reason")  # a return after non-finite steps has none, and goes on
 
 
 def _is_saved(record: Record, stop: int) -> bool:
