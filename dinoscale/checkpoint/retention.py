@@ -53,13 +53,17 @@ class Summary:
 def summary(path: Path) -> Summary:
     """Read a checkpoint's state.json and the sizes of its files, without verification."""
     try:
-        return _read(path)
+        return read_summary(path)
     except OSError:
         return _unknown(path)
 
 
-def _read(path: Path) -> Summary:
-    """Like `summary`, but raises OSError if another attempt may succeed."""
+def read_summary(path: Path) -> Summary:
+    """Like `summary`, for decisions that must not be made without a checkpoint.
+
+    Raises:
+        OSError: another attempt may succeed.
+    """
     try:
         state = json.loads((path / STATE_FILE).read_text())
         top1 = read_measured(path)
@@ -140,7 +144,7 @@ def prune(
     found = []
     for path in paths:
         try:
-            found.append(_read(path))
+            found.append(read_summary(path))
         except OSError as error:  # noqa: PERF203  # a few paths, once a save
             log.warning("cannot read %s (%s): it stays", path, error)
     unneeded = [s.path for s in superfluous(found, keep) if s.path != written]

@@ -168,6 +168,7 @@ def convert(
     size: int | None = None,
     num_heads: int | None = None,
     overwrite: bool = False,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Write the weights of a source in another format, with a card, and prove them equal.
 
@@ -181,6 +182,7 @@ def convert(
         size: image side in pixels to resize the position embedding for; None keeps it.
         num_heads: for sources that do not store it.
         overwrite: replace an earlier conversion, if it is unchanged.
+        heartbeat: called regularly while the source is read, and before the proof.
 
     Returns:
         The card, JSON-able.
@@ -194,7 +196,7 @@ def convert(
     target = TARGETS[to]
     _require(target, to, head=head, dtype=dtype)
     refuse_existing(path, source, is_folder=target.is_folder, overwrite=overwrite)
-    weights = read_source(source, network=network, num_heads=num_heads)
+    weights = read_source(source, network=network, num_heads=num_heads, heartbeat=heartbeat)
     if head and weights.head is None:
         raise CheckpointError(f"{source} holds no projection head: leave --head out")
     heads = {"head": weights.head, "patch_head": weights.patch_head} if head else NO_HEADS
@@ -211,6 +213,7 @@ def convert(
         weights = _stored_as(target.form(path, weights), DTYPES[dtype])
         with staging_folder(path) as folder:
             written = folder / path.name
+            heartbeat()
             proof = _write_and_prove(
                 target, written, weights, full=full, rounded=DTYPES[dtype] != torch.float32
             )

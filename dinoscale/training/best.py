@@ -3,17 +3,18 @@
 import logging
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 from dinoscale.checkpoint.layout import checkpoints
-from dinoscale.checkpoint.load import held_step
+from dinoscale.checkpoint.load import held_step, open_verified
 from dinoscale.checkpoint.progress import Guarded, Progress
-from dinoscale.checkpoint.retention import Summary, best_of, summary
+from dinoscale.checkpoint.retention import Summary, best_of, read_summary
 from dinoscale.config import RunConfig
 from dinoscale.config.sections.guard import GuardConfig
 from dinoscale.convert.conversion import convert
-from dinoscale.errors import DinoscaleError, RunFailedError
+from dinoscale.errors import CheckpointError, DinoscaleError, RunFailedError, UnreadableError
 from dinoscale.runtime import distributed
 from dinoscale.runtime.opening import on_first_rank
 from dinoscale.training.hooks.events import Events
@@ -29,9 +30,15 @@ def best_checkpoint(run_dir: Path) -> Summary | None:
     """The best checkpoint on disk by `best_of`; None if none was measured.
 
     Raises:
-        UnreadableError: the checkpoints cannot be listed.
+        UnreadableError: the checkpoints cannot be listed, or one cannot be read, which may be it.
     """
-    return best_of([summary(path) for path in checkpoints(run_dir)])
+    found = []
+    for path in checkpoints(run_dir):
+        try:
+            found.append(read_summary(path))
+        except OSError as error:  # noqa: PERF203  # a few paths
+            raise UnreadableError(f"{path} cannot be read, and may be the best: {error}") from error
+    return best_of(found)
 
 
 def has_verdict(progress: Progress, rule: GuardConfig) -> bool:
@@ -58,11 +65,13 @@ def finish(progress: Progress, config: RunConfig, heartbeat: Callable[[], None])
             " guard.on_fall=warn does without"
         )
     if config.guard.every_steps is not None:
-        on_first_rank(lambda _: export_best(Path(config.run_dir)), heartbeat)
+        on_first_rank(partial(export_best, Path(config.run_dir)), heartbeat)
 
 
-def export_best(run_dir: Path) -> Path | None:
+def export_best(run_dir: Path, heartbeat: Callable[[], None] = lambda: None) -> Path | None:
     """Write the teacher of the best checkpoint to `WEIGHTS`, in place of an earlier best.
+
+    `heartbeat` is called regularly.
 
     Returns:
         The file; None with a warning if there is no best checkpoint, or it cannot be exported.
@@ -73,8 +82,12 @@ def export_best(run_dir: Path) -> Path | None:
         if best is None:
             log.warning("no checkpoint was measured by the guard: there are no best weights")
             return None
-        convert(best.path, target, to="dino", overwrite=True)
-    except DinoscaleError as error:
+        convert(best.path, target, to="dino", overwrite=True, heartbeat=heartbeat)
+    except (
+        DinoscaleError,
+        MemoryError,
+        RuntimeError,
+    ) as error:  # of torch; the run has its weights
         log.warning("the best weights are not exported: %s", error)
         return None
     log.info("the best weights are those of step %d: %s", best.step, target)
@@ -116,10 +129,12 @@ def end_at_fall(
         heartbeat: called while rank 0 works.
 
     Raises:
-        RunFailedError: always, on every rank.
+        UnreadableError: on every rank, if a checkpoint cannot be read now; nothing is set aside.
+        RunFailedError: else, on every rank.
     """
     run_dir, roll_back = Path(config.run_dir), config.guard.on_fall == "roll_back"
-    step = on_first_rank(lambda _: _export_and_set_back(run_dir, roll_back=roll_back), heartbeat)
+    export = partial(_export_and_set_back, run_dir, roll_back=roll_back)
+    step = on_first_rank(lambda beat: export(heartbeat=beat), heartbeat)
     step = distributed.broadcast_object(step)
     if roll_back and step is not None:
         events.write(fall.step, "rolled back", to_step=step, reason=fall.fall)
@@ -130,17 +145,21 @@ def end_at_fall(
     )
 
 
-def _export_and_set_back(run_dir: Path, *, roll_back: bool) -> int | None:
+def _export_and_set_back(
+    run_dir: Path, *, roll_back: bool, heartbeat: Callable[[], None]
+) -> int | None:
     """Do what is to be done on the disk; return the step of the best checkpoint, if any.
 
     Raises:
-        UnreadableError: the checkpoints cannot be listed, or the state of one cannot be read.
-        RunFailedError: one cannot be renamed.
+        UnreadableError: the checkpoints cannot be listed, or one cannot be read.
+        RunFailedError: the best is damaged, and nothing is set aside; or one cannot be renamed.
     """
     best = best_checkpoint(run_dir)
     if best is None:
         return None
-    export_best(run_dir)
+    if roll_back:
+        _require_intact(best.path, heartbeat)
+    export_best(run_dir, heartbeat)
     try:
         if roll_back:
             set_back(run_dir, step=best.step)
@@ -150,3 +169,15 @@ def _export_and_set_back(run_dir: Path, *, roll_back: bool) -> int | None:
             " hand"
         ) from error
     return best.step
+
+
+def _require_intact(best: Path, heartbeat: Callable[[], None]) -> None:
+    try:
+        open_verified(best, heartbeat)
+    except UnreadableError:
+        raise
+    except CheckpointError as error:
+        raise RunFailedError(
+            f"the teacher has fallen, and the best checkpoint is damaged: {error}. Nothing was set"
+            f" aside; move {best} away, and the same command goes back to the best of the others"
+        ) from error
