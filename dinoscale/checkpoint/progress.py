@@ -24,7 +24,7 @@ class Guarded:
     Values are by name: `rankme` and `knn_top1` (higher is better), `alpha_req`, `agreement`.
 
     Attributes:
-        images: which ones were measured; numbers of others do not compare.
+        images: which ones were measured, in words.
         measure: name of the value that decides which teacher is the best.
         step: of the last measurement.
         values: of the last measurement.
@@ -33,6 +33,8 @@ class Guarded:
         best_step: of the measurement with the highest `measure` among those that were no fall.
         best: its values.
         fall: what is wrong with the last measurement, in words; empty if nothing is.
+        identity: digest of the images and of how they are shown; numbers of others do not compare.
+            Older versions stored none.
     """
 
     images: str
@@ -44,6 +46,7 @@ class Guarded:
     best_step: int
     best: dict[str, float]
     fall: str = ""
+    identity: str = ""
 
     def __post_init__(self) -> None:
         """Refuse what is not plain data of these types.
@@ -51,14 +54,18 @@ class Guarded:
         Raises:
             TypeError: a field has another type.
         """
-        texts = (self.images, self.measure, self.fall)
+        texts = (self.images, self.measure, self.fall, self.identity)
         if not all(isinstance(text, str) for text in texts):
-            raise TypeError("guarded: images, measure and fall are texts")
+            raise TypeError("guarded: images, measure, fall and identity are texts")
         if not all(type(step) is int for step in (self.step, self.start_step, self.best_step)):
             raise TypeError("guarded: steps are whole numbers")
         for values in (self.values, self.start, self.best):
             if not all(type(value) in (int, float) for value in values.values()):
                 raise TypeError("guarded: values are numbers")
+
+    def compares(self, *, images: str, identity: str) -> bool:
+        """Whether the numbers are of these images; of an older version, the words decide."""
+        return self.identity == identity if self.identity else self.images == images
 
     def passes(self, step: int) -> bool:
         """Whether the teacher after `step` was measured and has not fallen."""

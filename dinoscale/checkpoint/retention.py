@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from dinoscale.checkpoint.layout import (
@@ -28,7 +29,7 @@ class Keep:
     Attributes:
         last: number of the newest to keep, at least 1.
         every_steps: keep those at multiples of this many steps; None for no such rule.
-        best: whether to keep the one that `best_of` names.
+        best: whether to keep the one that `best_of` names, and those of the guard's former images.
     """
 
     last: int
@@ -107,7 +108,7 @@ def _score(one: Summary, newest: Guarded | None) -> float | None:
     if newest is None:
         return one.knn_top1
     guarded = one.guarded
-    if guarded is None or guarded.images != newest.images:
+    if guarded is None or not newest.compares(images=guarded.images, identity=guarded.identity):
         return None
     return guarded.score_at(one.step, newest.measure)
 
@@ -122,8 +123,19 @@ def superfluous(found: Sequence[Summary], keep: Keep) -> list[Summary]:
     kept = {s.step for s in found[-keep.last :]}
     if keep.every_steps:
         kept |= {s.step for s in found if s.step % keep.every_steps == 0}
-    best = best_of(found) if keep.best else None
-    return [s for s in found if s.step not in kept and s is not best]
+    best = _bests(found) if keep.best else []
+    return [s for s in found if s.step not in kept and s not in best]
+
+
+def _bests(found: Sequence[Summary]) -> list[Summary]:
+    """The best one, and that of each earlier set of images that a guard measured."""
+    ends = [
+        number
+        for number, (one, after) in enumerate(pairwise(found), start=1)
+        if one.guarded and after.guarded and one.guarded.identity != after.guarded.identity
+    ]
+    bests = [best_of(found[:end]) for end in (*ends, len(found))]
+    return [best for best in bests if best is not None]
 
 
 def prune(

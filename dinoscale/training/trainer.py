@@ -337,7 +337,9 @@ def _measured_sets(
 
     knn = distributed.together(lambda: OnlineKnn(config, open_set)) if config.eval.train else None
     guarded = config.guard.every_steps is not None
-    return knn, distributed.together(lambda: HeldOut(config, open_set)) if guarded else None
+    if not guarded:
+        return knn, None
+    return knn, distributed.together(lambda: HeldOut(config, open_set, watchdog.heartbeat))
 
 
 def _find_micro_batch(

@@ -21,6 +21,7 @@ def judge(
     step: int,
     values: dict[str, float],
     images: str,
+    identity: str = "",
 ) -> Guarded:
     """What is known after a measurement; its `fall` says what is wrong, if anything.
 
@@ -29,11 +30,13 @@ def judge(
         rule: margins and measure.
         step: after which it was measured.
         values: numbers by name.
-        images: which ones were measured.
+        images: which ones were measured, in words.
+        identity: digest of them.
     """
-    if starts(before, images):
+    if starts(before, images, identity):
         fall = "" if values["rankme"] else _UNUSABLE
-        return Guarded(images, rule.measure, step, values, step, values, step, values, fall)
+        found = (step, values) * 3  # the last, the start and the best
+        return Guarded(images, rule.measure, *found, fall, identity)
     assert before is not None
     fall = _fall(before, rule, values)
     best_step, best = before.best_step, before.best
@@ -50,12 +53,23 @@ def judge(
         best_step,
         best,
         fall,
+        identity,
     )
 
 
-def starts(before: Guarded | None, images: str) -> bool:
+def starts(before: Guarded | None, images: str, identity: str = "") -> bool:
     """Whether the next measurement is the start."""
-    return before is None or before.images != images
+    return before is None or not before.compares(images=images, identity=identity)
+
+
+def new_start_text(before: Guarded, *, step: int, images: str) -> str:
+    """Why the guard begins anew in the middle of a run."""
+    which = "others, or shown at another size" if before.images == images else before.images
+    return (
+        f"step {step}: the guard measures {images}; its numbers up to step {before.step} are of"
+        f" other images ({which}) and do not compare. The teacher of this step is the new start,"
+        f" whatever has become of it; the former best, step {before.best_step}, is kept"
+    )
 
 
 def _fall(before: Guarded, rule: GuardConfig, values: dict[str, float]) -> str:

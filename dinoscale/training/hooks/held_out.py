@@ -1,13 +1,13 @@
 """Label-free numbers of the teacher on held-out images, and its agreement with the start."""
 
+import hashlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dinoscale.config import RunConfig
@@ -20,30 +20,39 @@ from dinoscale.evaluate.features import extract_unlabelled
 from dinoscale.evaluate.label_free.agreement import agreement, nearest
 from dinoscale.evaluate.label_free.spectrum import alpha_req, rankme
 from dinoscale.runtime import distributed
+from dinoscale.runtime.opening import on_first_rank
 from dinoscale.runtime.outputs import write_tensors
 
 log = logging.getLogger(__name__)
 
 START_FILE = "guard_start.safetensors"  # neighbours of the start, in the run directory
-_NEIGHBOURS = "neighbours"
+_NEIGHBOURS, _IDENTITY = "neighbours", "identity"
 
 
 class HeldOut:
     """Measures a backbone on the images of the guard.
 
     Attributes:
-        images: which ones, in words; numbers of others do not compare.
+        images: which ones, in words.
+        identity: digest of the images, their size and normalisation; numbers of others do not
+            compare.
     """
 
-    def __init__(self, config: RunConfig, open_set: Callable[[str, Decoder], StoredSource]) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        open_set: Callable[[str, Decoder], StoredSource],
+        heartbeat: Callable[[], None] = lambda: None,
+    ) -> None:
         """Open `guard.images`, or else `eval.train`.
 
         Args:
             config: of the run.
             open_set: opens a source from its specification.
+            heartbeat: called while rank 0 looks at the names and sizes of the images.
 
         Raises:
-            DataError: it cannot be opened, or more than `data.max_bad_fraction` is left out.
+            DataError: it cannot be opened or listed, or lacks more than `data.max_bad_fraction`.
         """
         spec = config.guard.images or config.eval.train
         assert spec is not None
@@ -55,6 +64,14 @@ class HeldOut:
         self._config, self._path = config, Path(config.run_dir) / START_FILE
         self._start: Tensor | None = None
         self.images = f"{len(self._source)} of {len(source)} images of {spec}"
+        self.identity = distributed.broadcast_object(on_first_rank(self._identify, heartbeat)) or ""
+
+    def _identify(self, heartbeat: Callable[[], None]) -> str:
+        config = self._config
+        shown = (config.eval.resize, config.eval.crop, config.data.mean, config.data.std)
+        decoded = (config.data.channels, config.data.max_pixel_value)
+        text = f"{self._source.identity(heartbeat)} {shown} {decoded}"
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def measure(
         self,
@@ -96,6 +113,8 @@ class HeldOut:
                 on_batch=on_batch,
             )
         except NonFiniteError:  # on every rank
+            if starts and distributed.rank() == 0:
+                self._forget()
             return {"rankme": 0.0, "agreement": 0.0}
 
         def values() -> dict[str, float] | None:
@@ -123,11 +142,19 @@ class HeldOut:
             found["agreement"] = agreement(self._start, neighbours)
         return found
 
+    def _forget(self) -> None:
+        """Leave no agreement with the start of other images, where this one has no neighbours."""
+        self._start = None
+        try:
+            self._path.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("cannot delete %s, the start of other images: %s", self._path, error)
+
     def _write(self, neighbours: Tensor) -> None:
         """Keep the start for later starts of the run; a full disk costs the agreement of those."""
         part = self._path.with_name(f".{self._path.name}.part")
         try:
-            write_tensors({_NEIGHBOURS: neighbours}, part, metadata={"images": self.images})
+            write_tensors({_NEIGHBOURS: neighbours}, part, metadata={_IDENTITY: self.identity})
             part.replace(self._path)
         except (OSError, SafetensorError) as error:
             log.warning("cannot write %s: %s", self._path, error)
@@ -135,11 +162,14 @@ class HeldOut:
     def _read(self) -> Tensor | None:
         """Neighbours of the start, None with a warning if they are lost."""
         try:
-            found = load_file(self._path)[_NEIGHBOURS]
+            with safe_open(self._path, framework="pt") as file:
+                metadata, found = file.metadata() or {}, file.get_tensor(_NEIGHBOURS)
         except (OSError, SafetensorError, KeyError) as error:
             log.warning("no agreement with the start: %s cannot be read: %s", self._path, error)
             return None
-        whole = found.ndim == 2 and found.shape[1] > 0 and len(found) == len(self._source)
+        # Older versions named the set in words.
+        whole = metadata.get(_IDENTITY) == self.identity or metadata.get("images") == self.images
+        whole &= found.ndim == 2 and found.shape[1] > 0 and len(found) == len(self._source)
         if not whole or found.dtype != torch.int64:
             log.warning("no agreement with the start: %s is of another set", self._path)
             return None

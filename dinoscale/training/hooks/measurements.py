@@ -8,7 +8,7 @@ from dinoscale.config import RunConfig
 from dinoscale.engine.teacher import Teacher
 from dinoscale.training.due import Due
 from dinoscale.training.hooks.events import Events
-from dinoscale.training.hooks.guard import fall_text, judge, starts
+from dinoscale.training.hooks.guard import fall_text, judge, new_start_text, starts
 from dinoscale.training.hooks.held_out import HeldOut
 from dinoscale.training.hooks.measuring import Measuring
 from dinoscale.training.hooks.metrics import Metrics
@@ -51,7 +51,7 @@ class Measurements:
         known, held_out = progress.guarded, self._held_out
         if held_out is None:
             guard = False
-        elif known is None or starts(known, held_out.images):
+        elif known is None or starts(known, held_out.images, held_out.identity):
             guard = True
         else:
             guard = due.guard and known.step < progress.step
@@ -84,8 +84,10 @@ class Measurements:
 
     def _measure_held_out(self, held_out: HeldOut, progress: Progress, teacher: Teacher) -> bool:
         """Measure the images of the guard, and judge; a fall is an event once until it ends."""
-        done, before, images = progress.step, progress.guarded, held_out.images
-        measure = partial(held_out.measure, starts=starts(before, images))
+        done, before = progress.step, progress.guarded
+        images, identity = held_out.images, held_out.identity
+        is_start = starts(before, images, identity)
+        measure = partial(held_out.measure, starts=is_start)
         values = self._measuring.attempt("held-out measurement", measure, teacher, done)
         if values is None:
             return False
@@ -93,11 +95,19 @@ class Measurements:
         self._metrics.write(done, {**self._images(progress), **own})
         if progress.knn_top1 is not None:
             values["knn_top1"] = progress.knn_top1
-        after = judge(before, self._config.guard, step=done, values=values, images=images)
+        if is_start and before is not None:
+            self._say(done, "new start", new_start_text(before, step=done, images=images))
+            before = None
+        after = judge(
+            before, self._config.guard, step=done, values=values, images=images, identity=identity
+        )
         progress.guarded = after
         if after.fall and not (before and before.fall):
-            text = fall_text(after, self._config)
-            self._events.write(done, "fall", text=text)
-            if self._warns:
-                log.warning("%s", text)
+            self._say(done, "fall", fall_text(after, self._config))
         return True
+
+    def _say(self, done: int, kind: str, text: str) -> None:
+        """Write an event, and warn."""
+        self._events.write(done, kind, text=text)
+        if self._warns:
+            log.warning("%s", text)

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from dinoscale.checkpoint.progress import Guarded, Progress, read_guarded, write_measured
-from dinoscale.checkpoint.retention import Summary, best_of
+from dinoscale.checkpoint.retention import Keep, Summary, best_of, superfluous
 from dinoscale.config.sections.guard import GuardConfig
 from dinoscale.data.sources.source import open_source
 from dinoscale.errors import ConfigError
-from dinoscale.training.hooks.guard import end_text, fall_text, judge
+from dinoscale.training.hooks.guard import end_text, fall_text, judge, new_start_text, starts
 from dinoscale.training.hooks.held_out import START_FILE, HeldOut
 from tests.distributed.tiny_run import tiny_config
 
@@ -81,6 +82,27 @@ def test_other_images_begin_anew() -> None:
     assert (known.fall, known.start_step, known.best_step) == ("", 10, 10)
 
 
+def test_other_images_are_told_by_their_identity_and_of_older_versions_by_words() -> None:
+    known = judge(None, RULE, step=0, values=_rank(10.0), images="5 of a", identity="one")
+    assert not starts(known, "5 of a, which has moved", "one")
+    assert starts(known, "5 of a", "other")
+    assert not starts(_judged(_rank(10.0)), "a", "one")
+    assert "5 of a; its numbers up to step 0 are of other images (others, or" in new_start_text(
+        known, step=7, images="5 of a"
+    )
+
+
+def test_the_best_of_former_images_stays() -> None:
+    former = judge(None, RULE, step=0, values=_rank(9.0), images="a", identity="one")
+    later = judge(former, RULE, step=10, values=_rank(8.5), images="a", identity="one")
+    new = judge(None, RULE, step=20, values=_rank(1.0), images="a", identity="two")
+    better = judge(new, RULE, step=30, values=_rank(2.0), images="a", identity="two")
+    steps = dict(zip((0, 10, 20, 30, 40), (former, later, new, better, better), strict=True))
+    found = [_summary(step, None, known) for step, known in steps.items()]
+    doomed = superfluous(found, Keep(last=1, best=True))
+    assert [one.step for one in doomed] == [10, 20]
+
+
 def test_the_texts_name_the_settings() -> None:
     config = tiny_config(optim={"lr": 0.3, "layer_decay": 0.9}, guard={"on_fall": "roll_back"})
     fall = _judged(_rank(10.0), _rank(1.0))
@@ -141,8 +163,12 @@ class _Features(nn.Module):
         return features
 
 
-def _held_out(folder: Path, spec: str = "synthetic:shapes?images=40&size=16") -> HeldOut:
-    config = tiny_config(str(folder), guard={"every_steps": 5, "images": spec, "num_images": 30})
+SPEC = "synthetic:shapes?images=40&size=16"
+
+
+def _held_out(folder: Path, spec: str = SPEC, **sections: dict[str, Any]) -> HeldOut:
+    guard = {"every_steps": 5, "images": spec, "num_images": 30}
+    config = tiny_config(str(folder), guard=guard, **sections)
     return HeldOut(config, lambda name, decoder: open_source(name, decoder))
 
 
@@ -169,6 +195,37 @@ def test_a_lost_start_costs_the_agreement_alone(tmp_path: Path, damage: bytes | 
     else:
         (tmp_path / START_FILE).write_bytes(damage)
     assert [*_values(_held_out(tmp_path), 1)] == ["rankme"]
+
+
+def test_the_same_images_at_another_path_are_the_same_and_others_of_its_names_are_not(
+    tmp_path: Path,
+) -> None:
+    for folder, size in (("one", 8), ("moved", 8), ("other", 9)):
+        (tmp_path / folder).mkdir()
+        for name in "abc":
+            Image.new("RGB", (size, 9 * size)).save(tmp_path / folder / f"{name}.png")
+    one, moved, other = (
+        _held_out(tmp_path, str(tmp_path / folder)) for folder in ("one", "moved", "other")
+    )
+    assert one.identity == moved.identity
+    assert one.images != moved.images
+    assert other.identity != one.identity
+    shown = _held_out(tmp_path, str(tmp_path / "one"), eval={"crop": 8, "resize": 8})
+    assert shown.identity != one.identity
+
+
+def test_the_start_of_other_images_gives_no_agreement(tmp_path: Path) -> None:
+    _values(_held_out(tmp_path), 0, starts=True)
+    other = _held_out(tmp_path, f"{SPEC}&seed=5")
+    assert [*_values(other, 1)] == ["rankme"]
+
+
+def test_a_start_without_finite_features_leaves_no_start_of_others(tmp_path: Path) -> None:
+    _values(_held_out(tmp_path), 0, starts=True)
+    held_out, broken = _held_out(tmp_path), _Features(0)
+    nn.init.constant_(broken.layer.weight, torch.nan)
+    held_out.measure(broken, torch.device("cpu"), lambda: None, starts=True)
+    assert not (tmp_path / START_FILE).exists()
 
 
 def test_features_that_are_not_finite_have_no_rank(tmp_path: Path) -> None:
