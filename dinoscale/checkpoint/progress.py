@@ -35,6 +35,8 @@ class Guarded:
         fall: what is wrong with the last measurement, in words; empty if nothing is.
         identity: digest of the images and of how they are shown; numbers of others do not compare.
             Older versions stored none.
+        start_in: folder of the phase whose steps `start_step` counts; empty for this one.
+        best_in: folder of the phase whose steps `best_step` counts; empty for this one.
     """
 
     images: str
@@ -47,6 +49,8 @@ class Guarded:
     best: dict[str, float]
     fall: str = ""
     identity: str = ""
+    start_in: str = ""
+    best_in: str = ""
 
     def __post_init__(self) -> None:
         """Refuse what is not plain data of these types.
@@ -54,14 +58,24 @@ class Guarded:
         Raises:
             TypeError: a field has another type.
         """
-        texts = (self.images, self.measure, self.fall, self.identity)
+        texts = (self.images, self.measure, self.fall, self.identity, self.start_in, self.best_in)
         if not all(isinstance(text, str) for text in texts):
-            raise TypeError("guarded: images, measure, fall and identity are texts")
+            raise TypeError("guarded: images, measure, fall, identity and places are texts")
         if not all(type(step) is int for step in (self.step, self.start_step, self.best_step)):
             raise TypeError("guarded: steps are whole numbers")
         for values in (self.values, self.start, self.best):
             if not all(type(value) in (int, float) for value in values.values()):
                 raise TypeError("guarded: values are numbers")
+
+    @property
+    def start_text(self) -> str:
+        """Step and phase of the first measurement."""
+        return _place(self.start_step, self.start_in)
+
+    @property
+    def best_text(self) -> str:
+        """Step and phase of the best one."""
+        return _place(self.best_step, self.best_in)
 
     def compares(self, *, images: str, identity: str) -> bool:
         """Whether the numbers are of these images; of an older version, the words decide."""
@@ -74,6 +88,10 @@ class Guarded:
     def score_at(self, step: int, measure: str) -> float | None:
         """Value of a measure if it was measured at `step` and was no fall."""
         return self.values.get(measure) if self.step == step and not self.fall else None
+
+
+def _place(step: int, folder: str) -> str:
+    return f"step {step:,}{f' of {folder}' if folder else ''}"
 
 
 def write_measured(folder: Path, knn_top1: float | None, guarded: Guarded | None = None) -> None:

@@ -97,11 +97,14 @@ def best_of(found: Sequence[Summary]) -> Summary | None:
 
     By the measure of the guard, falls left out, where the newest checkpoint that knows of a guard
     names one; else by k-NN accuracy.
+
+    Args:
+        found: oldest first; of several phases, in their order.
     """
-    newest = max((s for s in found if s.guarded), key=lambda s: s.step, default=None)
-    scores = {s.step: _score(s, newest.guarded if newest else None) for s in found}
-    measured = [s for s in found if scores[s.step] is not None]
-    return max(measured, key=lambda s: (scores[s.step], s.step), default=None)
+    newest = next((s.guarded for s in reversed(found) if s.guarded), None)
+    scores = [(score, s) for s in found if (score := _score(s, newest)) is not None]
+    best = max((score for score, _ in scores), default=None)
+    return next((s for score, s in reversed(scores) if score == best), None)
 
 
 def _score(one: Summary, newest: Guarded | None) -> float | None:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from dinoscale.checkpoint.layout import checkpoints
+from dinoscale.checkpoint.layout import checkpoints, phase_directories
 from dinoscale.checkpoint.load import held_step, open_verified
 from dinoscale.checkpoint.progress import Guarded, Progress
 from dinoscale.checkpoint.retention import Summary, best_of, read_summary
@@ -17,23 +17,27 @@ from dinoscale.convert.conversion import convert
 from dinoscale.errors import CheckpointError, DinoscaleError, RunFailedError, UnreadableError
 from dinoscale.runtime import distributed
 from dinoscale.runtime.opening import on_first_rank
+from dinoscale.runtime.outputs import PHASES
 from dinoscale.training.hooks.events import Events
 from dinoscale.training.hooks.guard import end_text, fall_text
 
 log = logging.getLogger(__name__)
 
-WEIGHTS = "best.safetensors"  # in the run directory
+WEIGHTS = "best.safetensors"  # in the run directory; of a run of phases, one for all
 _FALLEN = "fallen_"  # name prefix of checkpoints set aside
 
 
-def best_checkpoint(run_dir: Path) -> Summary | None:
+def best_checkpoint(*run_dirs: Path) -> Summary | None:
     """The best checkpoint on disk by `best_of`; None if none was measured.
+
+    Args:
+        run_dirs: of a run, or of its phases, in their order.
 
     Raises:
         UnreadableError: the checkpoints cannot be listed, or one cannot be read, which may be it.
     """
     found = []
-    for path in checkpoints(run_dir):
+    for path in (path for run_dir in run_dirs for path in checkpoints(run_dir)):
         try:
             found.append(read_summary(path))
         except OSError as error:  # noqa: PERF203  # a few paths
@@ -71,14 +75,19 @@ def finish(progress: Progress, config: RunConfig, heartbeat: Callable[[], None])
 def export_best(run_dir: Path, heartbeat: Callable[[], None] = lambda: None) -> Path | None:
     """Write the teacher of the best checkpoint to `WEIGHTS`, in place of an earlier best.
 
-    `heartbeat` is called regularly.
+    Of a phase, the file is that of the whole run: the best of all its phases so far.
+
+    Args:
+        run_dir: of a run or a phase.
+        heartbeat: called regularly.
 
     Returns:
         The file; None with a warning if there is no best checkpoint, or it cannot be exported.
     """
-    target = run_dir / WEIGHTS
+    whole = run_dir.parent.parent if run_dir.parent.name == PHASES else run_dir
+    target = whole / WEIGHTS
     try:
-        best = best_checkpoint(run_dir)
+        best = best_checkpoint(*(phase_directories(whole) or [whole]))
         if best is None:
             log.warning("no checkpoint was measured by the guard: there are no best weights")
             return None
@@ -90,7 +99,7 @@ def export_best(run_dir: Path, heartbeat: Callable[[], None] = lambda: None) -> 
     ) as error:  # of torch; the run has its weights
         log.warning("the best weights are not exported: %s", error)
         return None
-    log.info("the best weights are those of step %d: %s", best.step, target)
+    log.info("the best weights are those of %s: %s", best.path, target)
     return target
 
 

@@ -168,6 +168,7 @@ class Run:
         """
         progress, due = self.progress, self._due(self.progress.step)
         if self.resumed_at is None:
+            self.measurements.carry_over(progress)
             if due.guard:
                 self._save()
             self._measure(due._replace(knn=True))

@@ -12,6 +12,7 @@ import pytest
 from dinoscale.checkpoint.progress import Guarded, write_measured
 from dinoscale.config import dump_config
 from dinoscale.reports.run.guard import check_guard, margin
+from dinoscale.reports.run.phases import write_report
 from dinoscale.reports.run.read import Record, read_record
 from dinoscale.reports.run.write import write_run_report
 from tests.distributed.tiny_run import tiny_config
@@ -70,6 +71,18 @@ def test_the_margin_is_below_the_best(tmp_path: Path) -> None:
     assert margin(record, "guard_agreement") == ((0.3, "0.3: guard.min_agreement"),)
     assert margin(record, "knn_top1") == ()
     assert _verdicts(record) == [("ok", "no fall; best at step 10, by RankMe, directions")]
+
+
+def test_the_page_of_all_phases_shows_before_and_after_over_all(tmp_path: Path) -> None:
+    for name in ("01_heads", "02_adapt"):
+        _run(tmp_path / "run" / "phases" / name, fall="", events=[])
+    known = Guarded("9 images", "rankme", 20, LAST, 0, START, 10, BEST, start_in="01_heads")
+    write_measured(tmp_path / "run/phases/02_adapt/checkpoints/step_00000020", None, known)
+    write_report(tmp_path / "run", tmp_path / "out", attention=False)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "start (step 0 of 01_heads)" in page
+    assert "best (step 10)" in page
+    assert page.count("<img") == 2  # RankMe and agreement, over the steps of both
 
 
 def test_a_fall_that_has_ended_is_a_warning(tmp_path: Path) -> None:

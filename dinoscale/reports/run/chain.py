@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from dinoscale.reports.html import Plot, drawing, finish_plot
-from dinoscale.reports.run.plots import HEIGHT, KNN, PATCH_KNN, WIDTH
+from dinoscale.reports.run.plots import GUARD, HEIGHT, KNN, PATCH_KNN, WIDTH
 from dinoscale.reports.run.read import Record
 from dinoscale.reports.run.state import find_state
 
-_MEASURED = {"patch_knn_top1": PATCH_KNN, "knn_top1": KNN}
+_MEASURED = {"patch_knn_top1": PATCH_KNN, "knn_top1": KNN, **GUARD}
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def check_guard(record: Record) -> Iterator[Check]:
     elif known is not None:
         yield ok(
             name,
-            f"no fall; best at step {known.best_step:,}, by {_WORDS.get(known.measure, 'k-NN')}",
+            f"no fall; best at {known.best_text}, by {_WORDS.get(known.measure, 'k-NN')}",
         )
 
 
@@ -61,8 +61,8 @@ def before_and_after(record: Record) -> list[Element]:
     if known is None:
         return []
     columns = (
-        (f"start (step {known.start_step:,})", known.start),
-        (f"best (step {known.best_step:,})", known.best),
+        (f"start ({known.start_text})", known.start),
+        (f"best ({known.best_text})", known.best),
         (f"last (step {known.step:,})", known.values),
     )
     rows = [

@@ -11,6 +11,7 @@ from dinoscale.checkpoint.layout import phase_directories
 from dinoscale.reports import html
 from dinoscale.reports.html import element
 from dinoscale.reports.run.chain import beginnings, draw_chain
+from dinoscale.reports.run.guard import before_and_after, known_of
 from dinoscale.reports.run.read import CONFIG, METRICS, read_record
 from dinoscale.reports.run.write import PAGE, report_of, write_run_report
 from dinoscale.runtime.outputs import PHASES, run_name
@@ -46,10 +47,12 @@ def write_report(run_dir: Path, out: Path, *, attention: bool) -> dict[str, Any]
         _row(phase, report, after=begun[phase].after, shown=shown)
         for phase, report in reports.items()
     ]
+    guarded = [record for record in records.values() if known_of(record) is not None]
     body = [
         element("h1", f"Run {name}"),
         element("p", "Each phase began where an earlier one ended; its name leads to its report."),
         html.table([element("th", head, scope="col") for head in columns], rows),
+        *(before_and_after(guarded[-1]) if guarded else []),
         *(html.plot_figure(plot) for plot in draw_chain(records, begun)),
     ]
     html.write_page(f"dinoscale: {name}", body, out / PAGE)

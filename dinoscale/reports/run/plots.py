@@ -22,6 +22,11 @@ from dinoscale.training.hooks.data_wait import ALLOWED
 
 KNN, PATCH_KNN = "k-NN top-1 of the teacher, %", "k-NN top-1 of the teacher's patches, %"
 WIDTH, HEIGHT = 5.2, 2.8  # inches; two side by side on a page
+GUARD = {
+    "guard_rankme": "RankMe of held-out images, directions",
+    "guard_agreement": "share of nearest neighbours that are those of the start",
+    "guard_alpha_req": "alpha-ReQ of held-out images",
+}
 _WINDOW = 20  # points of the moving average; at most a twentieth of all
 _RANGE = 50.0  # highest over lowest value above which the axis is logarithmic
 _LINE_POSITIONS = 300  # along the axis; events of one kind at one position share a line
@@ -87,17 +92,17 @@ def _plot_specs(record: Record) -> list[_PlotSpec]:
         _PlotSpec("rankme", "RankMe of the teacher's features, directions", dots=True),
         _PlotSpec(
             "guard_rankme",
-            "RankMe of held-out images, directions",
+            GUARD["guard_rankme"],
             dots=True,
             limits=margin(record, "guard_rankme"),
         ),
         _PlotSpec(
             "guard_agreement",
-            "share of nearest neighbours that are those of the start",
+            GUARD["guard_agreement"],
             dots=True,
             limits=margin(record, "guard_agreement"),
         ),
-        _PlotSpec("guard_alpha_req", "alpha-ReQ of held-out images", dots=True),
+        _PlotSpec("guard_alpha_req", GUARD["guard_alpha_req"], dots=True),
         _PlotSpec(*entropy, noisy=True, limits=bounds, from_zero=True),
         _PlotSpec("kl", "KL(teacher || student), nats", noisy=True),
         _PlotSpec(

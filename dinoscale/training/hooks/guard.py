@@ -6,6 +6,8 @@ neighbours are those of the start; or if the features are all zero or not finite
 becomes the best. A measure that could not be taken is not judged.
 """
 
+from dataclasses import replace
+
 from dinoscale.checkpoint.progress import Guarded
 from dinoscale.config import RunConfig
 from dinoscale.config.sections.guard import GuardConfig
@@ -35,26 +37,24 @@ def judge(
     """
     if starts(before, images, identity):
         fall = "" if values["rankme"] else _UNUSABLE
-        found = (step, values) * 3  # the last, the start and the best
-        return Guarded(images, rule.measure, *found, fall, identity)
+        return Guarded(
+            images, rule.measure, step, values, step, values, step, values, fall, identity
+        )
     assert before is not None
     fall = _fall(before, rule, values)
-    best_step, best = before.best_step, before.best
-    value = values.get(rule.measure)
-    if value is not None and not fall and value >= best.get(rule.measure, value):
-        best_step, best = step, values
-    return Guarded(
-        images,
-        rule.measure,
-        step,
-        values,
-        before.start_step,
-        before.start,
-        best_step,
-        best,
-        fall,
-        identity,
+    after = replace(
+        before,
+        images=images,
+        identity=identity,
+        measure=rule.measure,
+        step=step,
+        values=values,
+        fall=fall,
     )
+    value = values.get(rule.measure)
+    if value is not None and not fall and value >= before.best.get(rule.measure, value):
+        return replace(after, best_step=step, best=values, best_in="")
+    return after
 
 
 def starts(before: Guarded | None, images: str, identity: str = "") -> bool:
@@ -68,7 +68,7 @@ def new_start_text(before: Guarded, *, step: int, images: str) -> str:
     return (
         f"step {step}: the guard measures {images}; its numbers up to step {before.step} are of"
         f" other images ({which}) and do not compare. The teacher of this step is the new start,"
-        f" whatever has become of it; the former best, step {before.best_step}, is kept"
+        f" whatever has become of it; the former best, {before.best_text}, is kept"
     )
 
 
@@ -79,13 +79,13 @@ def _fall(before: Guarded, rule: GuardConfig, values: dict[str, float]) -> str:
     if value is not None and best is not None and value < (1 - rule.max_fall) * best:
         return (
             f"its {_WORDS[rule.measure]} is {value:.4g}, {1 - value / best:.0%} below the best so"
-            f" far, {best:.4g} at step {before.best_step} (guard.max_fall {rule.max_fall:g})"
+            f" far, {best:.4g} at {before.best_text} (guard.max_fall {rule.max_fall:g})"
         )
     shared = values.get("agreement")
     if shared is not None and shared < rule.min_agreement:
         return (
-            f"it shares {shared:.0%} of the nearest neighbours with the start, step"
-            f" {before.start_step} (guard.min_agreement {rule.min_agreement:g})"
+            f"it shares {shared:.0%} of the nearest neighbours with the start,"
+            f" {before.start_text} (guard.min_agreement {rule.min_agreement:g})"
         )
     return ""
 

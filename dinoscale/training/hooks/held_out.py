@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -141,6 +142,16 @@ class HeldOut:
         if self._start is not None:
             found["agreement"] = agreement(self._start, neighbours)
         return found
+
+    def take_start(self, run_dir: Path) -> None:
+        """Copy the start of the run that this one goes on from; rank 0 calls it."""
+        source = run_dir / START_FILE
+        part = self._path.with_name(f".{self._path.name}.part")
+        try:
+            shutil.copyfile(source, part)
+            part.replace(self._path)
+        except OSError as error:
+            log.warning("no agreement with the start: cannot copy %s: %s", source, error)
 
     def _forget(self) -> None:
         """Leave no agreement with the start of other images, where this one has no neighbours."""

@@ -1,11 +1,19 @@
 """What is measured of the teacher during a run: k-NN, and the guard's held-out images."""
 
 import logging
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
-from dinoscale.checkpoint.progress import Progress
+from dinoscale.checkpoint.layout import is_checkpoint, run_with_checkpoints
+from dinoscale.checkpoint.load import newest_first
+from dinoscale.checkpoint.progress import Guarded, Progress
+from dinoscale.checkpoint.retention import read_summary
 from dinoscale.config import RunConfig
 from dinoscale.engine.teacher import Teacher
+from dinoscale.errors import DinoscaleError
+from dinoscale.runtime import distributed
+from dinoscale.runtime.outputs import PHASES
 from dinoscale.training.due import Due
 from dinoscale.training.hooks.events import Events
 from dinoscale.training.hooks.guard import fall_text, judge, new_start_text, starts
@@ -15,6 +23,33 @@ from dinoscale.training.hooks.metrics import Metrics
 from dinoscale.training.hooks.online_knn import OnlineKnn
 
 log = logging.getLogger(__name__)
+
+
+def _carried(config: RunConfig, held_out: HeldOut) -> Guarded | None:
+    """What the run before knows of the guard, on rank 0; see `Measurements.carry_over`."""
+    before = config.train.continue_from
+    if before is None and Path(config.train.init_from or "").parent.name == PHASES:
+        before = config.train.init_from
+    if before is None or distributed.rank() != 0:
+        return None
+    path = Path(before)
+    try:
+        newest = [path] if is_checkpoint(path) else newest_first(run_with_checkpoints(path))
+        known = read_summary(newest[0]).guarded if newest else None
+    except (OSError, DinoscaleError) as error:
+        log.warning("the guard begins anew: %s cannot be read: %s", before, error)
+        return None
+    if known is None or starts(known, held_out.images, held_out.identity):
+        return None
+    run_dir = newest[0].parent.parent
+    held_out.take_start(run_dir)
+    return replace(
+        known,
+        step=-1,  # the teacher is measured anew, before step 1
+        fall="",
+        start_in=known.start_in or run_dir.name,
+        best_in=known.best_in or run_dir.name,
+    )
 
 
 class Measurements:
@@ -45,6 +80,17 @@ class Measurements:
     def asked_to_stop(self) -> bool:
         """Whether a rank was asked to stop during a measurement."""
         return self._measuring.asked_to_stop
+
+    def carry_over(self, progress: Progress) -> None:
+        """Give a new run the start and the best of the one whose teacher it goes on with.
+
+        That is the run of train.continue_from, and for a phase the one before. Nothing is carried
+        where that run measured other images, or cannot be read; all ranks call it.
+        """
+        held_out = self._held_out
+        if held_out is not None:
+            found = distributed.together(partial(_carried, self._config, held_out))
+            progress.guarded = distributed.broadcast_object(found)
 
     def missing(self, progress: Progress, due: Due) -> Due:
         """What a start that ended at this step has left to do; a guard that is new begins."""

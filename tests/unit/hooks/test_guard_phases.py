@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
+from dinoscale.checkpoint.layout import directory
 from dinoscale.checkpoint.progress import Guarded, Progress
 from dinoscale.config import RunConfig, parse_config, phases_of
 from dinoscale.errors import RunFailedError
-from dinoscale.training.best import finish
+from dinoscale.training import best
+from dinoscale.training.best import best_checkpoint, export_best, finish
 from dinoscale.training.due import due_after
+from dinoscale.training.hooks.guard import judge
+from dinoscale.training.hooks.held_out import START_FILE, HeldOut
+from dinoscale.training.hooks.measurements import Measurements
 from dinoscale.training.phases import next_phase
 from tests.distributed.tiny_run import tiny_config, tiny_plan
 from tests.unit.checkpoint.stored import store
@@ -28,13 +34,23 @@ def _config(folder: Path, **guard: Any) -> RunConfig:
     return parse_config(values | {"phases": [{"name": "first"}, {"name": "second"}]})
 
 
+def _measurements(run: RunConfig, *, identity: str = "") -> Measurements:
+    """Of a phase; the held-out images are named as those of `_known`."""
+    held_out = HeldOut.__new__(HeldOut)
+    held_out.images, held_out.identity = IMAGES, identity
+    held_out._path = Path(run.run_dir) / START_FILE
+    return Measurements(run, MagicMock(), None, held_out, MagicMock(), MagicMock(), warns=True)
+
+
 def _known(step: int, *, fall: str = "") -> Guarded:
     return Guarded(IMAGES, "rankme", step, RANK, 0, RANK, 0, RANK, fall)
 
 
 def _store(run: RunConfig, step: int, known: Guarded | None) -> None:
     progress = asdict(Progress(step=step, guarded=known))
-    store(Path(run.run_dir), step, ranks=1, plan={"steps_per_epoch": 1}, progress=progress)
+    plan = {"steps_per_epoch": 1, "world_size": 1}
+    about: dict[str, Any] = {"plan": plan, "config": {"engine": {"zero_stage": 0}}}
+    store(Path(run.run_dir), step, ranks=1, progress=progress, saved_at="then", **about)
 
 
 @pytest.mark.parametrize(
@@ -71,3 +87,60 @@ def test_a_run_that_a_fall_ends_needs_a_verdict_to_finish(tmp_path: Path) -> Non
     finish(Progress(step=STEPS, guarded=_known(STEPS)), config, lambda: None)
     warns = phases_of(_config(tmp_path, on_fall="warn"))[0]
     finish(unjudged, warns, lambda: None)
+
+
+@pytest.mark.parametrize("start", ["everything", "teacher"])
+def test_a_phase_goes_on_from_the_start_and_the_best_of_the_one_before(
+    tmp_path: Path, start: str
+) -> None:
+    phases = [{"name": "first"}, {"name": "second", "start": start}]
+    config = parse_config(_config(tmp_path).model_dump() | {"phases": phases})
+    first, second = phases_of(config)
+    best_values = {"rankme": 10.0, "agreement": 1.0}
+    known = Guarded(IMAGES, "rankme", STEPS, RANK, 0, RANK, 2, best_values)
+    _store(first, STEPS, known)
+    (Path(first.run_dir) / START_FILE).write_bytes(b"neighbours")
+    Path(second.run_dir).mkdir(parents=True)
+    progress = Progress()
+    _measurements(second).carry_over(progress)
+    carried = progress.guarded
+    assert carried is not None
+    assert (carried.start_text, carried.best_text) == ("step 0 of 01_first", "step 2 of 01_first")
+    assert (Path(second.run_dir) / START_FILE).read_bytes() == b"neighbours"
+    after = judge(carried, second.guard, step=0, values={"rankme": 8.9}, images=IMAGES)
+    assert after.fall.startswith(
+        "its RankMe is 8.9, 11% below the best so far, 10 at step 2 of 01_"
+    )
+    better = judge(carried, second.guard, step=0, values={"rankme": 11.0}, images=IMAGES)
+    assert (better.best_text, better.start_text) == ("step 0", "step 0 of 01_first")
+    _store(second, 0, better)
+    assert better.score_at(0, "rankme") == 11.0
+
+
+def test_a_phase_with_other_images_begins_anew(tmp_path: Path) -> None:
+    first, second = phases_of(_config(tmp_path))
+    _store(first, STEPS, replace(_known(STEPS), identity="one"))
+    progress = Progress()
+    _measurements(second, identity="other").carry_over(progress)
+    assert progress.guarded is None
+    _measurements(first, identity="one").carry_over(progress)  # begins from no run
+    assert progress.guarded is None
+
+
+def test_the_best_of_all_phases_is_exported_to_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = phases_of(_config(tmp_path))
+    for run, ranks in ((first, (8.0, 10.0)), (second, (9.9, 9.5))):
+        for step, rank in zip((0, 2), ranks, strict=True):
+            _store(run, step, replace(_known(step), values={"rankme": rank}))
+    converted = MagicMock()
+    monkeypatch.setattr(best, "convert", converted)
+    assert export_best(Path(second.run_dir)) == tmp_path / best.WEIGHTS
+    assert converted.call_args.args[:2] == (
+        directory(Path(first.run_dir), 2),
+        tmp_path / best.WEIGHTS,
+    )
+    own = best_checkpoint(Path(second.run_dir))
+    assert own is not None
+    assert own.step == 0
