@@ -55,6 +55,7 @@ from dinoscale.training.hooks.measurements import Measurements
 from dinoscale.training.hooks.measuring import Measuring
 from dinoscale.training.hooks.metrics import Metrics, Stopwatch, peak_memory_bytes
 from dinoscale.training.hooks.online_knn import OnlineKnn
+from dinoscale.training.hooks.setting_names import as_set_here
 from dinoscale.training.resume import find_checkpoint, restore
 
 log = logging.getLogger(__name__)
@@ -273,12 +274,13 @@ class Run:
         if old.rollbacks >= self.config.train.max_rollbacks or checkpoint is None:
             source = "from the start" if checkpoint is None else f"from {checkpoint.path}"
             self.events.write(old.step, "stopped", reason=result.skipped)
-            raise NonFiniteError(
+            text = (
                 f"{old.bad_in_a_row} steps in a row were skipped, the last one step {old.step}:"
                 f" {result.skipped}. Their images and losses are in {self.run_dir}/bad_steps. Start"
                 f" again to continue {source}, with a lower optim.lr, a smaller optim.clip_grad or"
                 " engine.precision=fp32, or with train.max_rollbacks=1 to skip these images"
             )
+            raise NonFiniteError(as_set_here(text, self.config))
         restore(checkpoint, self.student, self.teacher, self.watchdog.heartbeat)
         self.progress = _progress_of(checkpoint)
         self.progress.data_offset = old.data_offset + old.step - checkpoint.step

@@ -9,6 +9,7 @@ from dinoscale.engine.step import StepMetrics
 from dinoscale.errors import RunFailedError
 from dinoscale.training.hooks.collapse import Alarm, CollapseMonitor, Reading
 from dinoscale.training.hooks.events import Events
+from dinoscale.training.hooks.setting_names import as_set_here
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +69,9 @@ class CollapseWatch:
                 self._raise(done, alarm)
 
     def _raise(self, done: int, alarm: Alarm) -> None:
-        self._events.write(done, "collapse", kind=alarm.kind, text=alarm.text)
+        text = as_set_here(alarm.text, self._config)
+        self._events.write(done, "collapse", kind=alarm.kind, text=text)
         if self._config.train.stop_on_collapse:
-            raise RunFailedError(f"step {done}: {alarm.text} (train.stop_on_collapse)")
+            raise RunFailedError(f"step {done}: {text} (train.stop_on_collapse)")
         if self._warns:
-            log.warning("step %d: %s", done, alarm.text)
+            log.warning("step %d: %s", done, text)

@@ -11,6 +11,8 @@ from dataclasses import replace
 from dinoscale.checkpoint.progress import Guarded
 from dinoscale.config import RunConfig
 from dinoscale.config.sections.guard import GuardConfig
+from dinoscale.config.sections.training import CurveConfig
+from dinoscale.training.hooks.setting_names import as_set_here
 
 _WORDS = {"rankme": "RankMe", "knn_top1": "k-NN top-1"}
 _UNUSABLE = "its features are all zero or not finite"
@@ -92,12 +94,22 @@ def _fall(before: Guarded, rule: GuardConfig, values: dict[str, float]) -> str:
 
 def fall_text(guarded: Guarded, config: RunConfig) -> str:
     """A fall in words, with the settings to change."""
-    return (
+    curves = config.schedules.curves
+    rate = _curve_text(curves["lr"]) if "lr" in curves else f"{config.optim.lr:g}"
+    momentum = (
+        _curve_text(curves["momentum"]) if "momentum" in curves else f"{config.dino.momentum:g}"
+    )
+    text = (
         f"step {guarded.step}: the teacher has fallen: {guarded.fall}. Lower optim.lr (now"
-        f" {config.optim.lr:g}), of the backbone alone optim.backbone_lr or optim.layer_decay (now"
-        f" {config.optim.layer_decay:g}), raise dino.momentum (now {config.dino.momentum:g}) or"
+        f" {rate}), of the backbone alone optim.backbone_lr or optim.layer_decay (now"
+        f" {config.optim.layer_decay:g}), raise dino.momentum (now {momentum}) or"
         f" optim.warmup_epochs, or make the run shorter (train.epochs {config.train.epochs})"
     )
+    return as_set_here(text, config)
+
+
+def _curve_text(curve: CurveConfig) -> str:
+    return " to ".join(f"{value:g}" for value in curve.reached)
 
 
 def end_text(guarded: Guarded, rule: GuardConfig, *, best_step: int | None) -> str:

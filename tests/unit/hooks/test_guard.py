@@ -12,11 +12,13 @@ from torch import nn
 
 from dinoscale.checkpoint.progress import Guarded, Progress, read_guarded, write_measured
 from dinoscale.checkpoint.retention import Keep, Summary, best_of, superfluous
+from dinoscale.config import load_config, phases_of
 from dinoscale.config.sections.guard import GuardConfig
 from dinoscale.data.sources.source import open_source
 from dinoscale.errors import ConfigError
 from dinoscale.training.hooks.guard import end_text, fall_text, judge, new_start_text, starts
 from dinoscale.training.hooks.held_out import START_FILE, HeldOut
+from dinoscale.training.hooks.setting_names import as_set_here
 from tests.distributed.tiny_run import tiny_config
 
 RULE = GuardConfig(every_steps=10, max_fall=0.1, min_agreement=0.3)
@@ -114,6 +116,21 @@ def test_the_texts_name_the_settings() -> None:
     assert "guard.on_fall=roll_back" in end_text(fall, config.guard, best_step=0)
     stop = end_text(fall, GuardConfig(on_fall="stop"), best_step=0)
     assert "guard.on_fall=warn goes on from step 10" in stop
+
+
+def test_the_texts_name_the_curves_and_the_phase_that_the_settings_are_of() -> None:
+    phases = phases_of(load_config("adapt_dinov2_vits14", ["data.train=a"]))
+    text = fall_text(_judged(_rank(10.0), _rank(1.0)), phases[1])
+    for name in ("Lower schedules.lr (now 0 to 5e-05 to 5e-05)", "schedules.lr.warmup_epochs"):
+        assert name in text
+    for name in ("dino.momentum (now 0.994)", "of phase adapt, on the command line phases.adapt."):
+        assert name in text
+    assert "optim.lr " not in text
+    assert "optim.warmup_epochs" not in text
+    config = tiny_config()
+    assert as_set_here("lower optim.lr, raise dino.momentum", config) == (
+        "lower optim.lr, raise dino.momentum"
+    )
 
 
 def test_what_is_known_survives_as_plain_data(tmp_path: Path) -> None:
