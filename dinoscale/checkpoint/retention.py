@@ -95,13 +95,14 @@ def _unknown(path: Path) -> Summary:
 def best_of(found: Sequence[Summary]) -> Summary | None:
     """The best one, the newest of ties; None if none was measured.
 
-    By the measure of the guard, falls left out, where the newest checkpoint that knows of a guard
-    names one; else by k-NN accuracy.
+    By the measure of the guard, falls left out, where the newest checkpoint knows of a guard; else,
+    also after a guard has been switched off, by k-NN accuracy.
 
     Args:
         found: oldest first; of several phases, in their order.
     """
-    newest = next((s.guarded for s in reversed(found) if s.guarded), None)
+    readable = [s for s in found if s.num_bytes is not None]
+    newest = readable[-1].guarded if readable else None
     scores = [(score, s) for s in found if (score := _score(s, newest)) is not None]
     best = max((score for score, _ in scores), default=None)
     return next((s for score, s in reversed(scores) if score == best), None)

@@ -175,6 +175,8 @@ class Run:
             self._measure(due._replace(knn=True))
         else:
             self.events.write(progress.step, "resumed", ranks=self.plan.world_size)
+            if self.measurements.judge_again(progress):
+                self.saver.measured(progress.step, progress.knn_top1, progress.guarded)
             self._measure(self.measurements.missing(progress, due))
         if self.stopping:
             self._preempt()
@@ -410,10 +412,8 @@ class Run:
         self.stopping |= self.measurements.asked_to_stop
         if found and self.saved_step == done:
             self.saver.measured(done, progress.knn_top1, progress.guarded)
-        known = progress.guarded
-        if known is not None and known.fall and known.step == done:
-            if self.config.guard.on_fall == "warn":
-                return
+        known, ends = progress.guarded, self.config.guard.ends_runs
+        if ends and known is not None and known.fall and known.step == done:
             self._wait_for_save()
             self.metrics.close()
             end_at_fall(known, self.config, self.events, self.watchdog.heartbeat)

@@ -92,6 +92,32 @@ class Measurements:
             found = distributed.together(partial(_carried, self._config, held_out))
             progress.guarded = distributed.broadcast_object(found)
 
+    def judge_again(self, progress: Progress) -> bool:
+        """Judge what was measured at this step by the present rule; without a guard, forget it.
+
+        Returns:
+            Whether the verdict is another one; it belongs to the checkpoint of this step.
+        """
+        known, held_out = progress.guarded, self._held_out
+        if held_out is None:
+            progress.guarded = None
+        if known is None or held_out is None or known.step != progress.step:
+            return False
+        images, identity = held_out.images, held_out.identity
+        if starts(known, images, identity):
+            return False  # is measured anew
+        after = judge(
+            *(known, self._config.guard),
+            step=known.step,
+            values=known.values,
+            images=images,
+            identity=identity,
+        )
+        progress.guarded = after
+        if after.fall and not known.fall:
+            self._say(progress.step, "fall", fall_text(after, self._config))
+        return after != known
+
     def missing(self, progress: Progress, due: Due) -> Due:
         """What a start that ended at this step has left to do; a guard that is new begins."""
         known, held_out = progress.guarded, self._held_out

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from dinoscale.data.sources.source import open_source
 from dinoscale.errors import ConfigError
 from dinoscale.training.hooks.guard import end_text, fall_text, judge, new_start_text, starts
 from dinoscale.training.hooks.held_out import START_FILE, HeldOut
+from dinoscale.training.hooks.measurements import Measurements
 from dinoscale.training.hooks.setting_names import as_set_here
 from tests.distributed.tiny_run import tiny_config
 
@@ -92,6 +94,36 @@ def test_other_images_are_told_by_their_identity_and_of_older_versions_by_words(
     assert "5 of a; its numbers up to step 0 are of other images (others, or" in new_start_text(
         known, step=7, images="5 of a"
     )
+
+
+def test_a_stopped_run_goes_on_after_its_margin_has_been_lifted(tmp_path: Path) -> None:
+    fallen = _judged(_rank(10.0), _rank(8.0))
+    held_out = _held_out(tmp_path)
+    held_out.images, held_out.identity = "a", ""
+
+    def judged_again(
+        known: Guarded, held_out: HeldOut | None, **rule: Any
+    ) -> tuple[Progress, bool]:
+        guard = {"every_steps": 10, "images": "a", "on_fall": "stop", **rule}
+        parts = (MagicMock(), None, held_out, MagicMock(), MagicMock())
+        progress = Progress(step=10, guarded=known)
+        measurements = Measurements(tiny_config(guard=guard), *parts, warns=False)
+        return progress, measurements.judge_again(progress)
+
+    assert judged_again(fallen, held_out) == (Progress(step=10, guarded=fallen), False)
+    progress, changed = judged_again(fallen, held_out, max_fall=0.3)
+    assert progress.guarded is not None
+    assert (progress.guarded.fall, progress.guarded.best_step, changed) == ("", 0, True)
+    progress, changed = judged_again(progress.guarded, held_out, max_fall=0.1)
+    assert (progress.guarded, changed) == (fallen, True)
+    assert judged_again(fallen, None) == (Progress(step=10), False)
+
+
+def test_without_a_guard_the_best_is_that_of_k_nn_again() -> None:
+    fallen = _judged(_rank(9.0), _rank(1.0))
+    found = [_summary(0, 80.0, _judged(_rank(9.0))), _summary(10, 85.0, fallen)]
+    assert best_of(found) == found[0]
+    assert best_of([*found, _summary(20, 70.0, None)]) == found[1]
 
 
 def test_the_best_of_former_images_stays() -> None:
