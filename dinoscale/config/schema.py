@@ -247,6 +247,12 @@ class RunConfig(Section):
         return self.dino.momentum if curve is None else curve.reached[0]
 
     @property
+    def guarded_images(self) -> str | None:
+        """What the guard measures; None if nothing is named, not even images to train on."""
+        of_training = self.data.sources[0].source if self.data.sources else None
+        return self.guard.images or self.eval.train or of_training
+
+    @property
     def of_sizes(self) -> tuple["RunConfig", ...]:
         """The run with each of the sizes of `crops.mixture` alone; itself if there is one size."""
         return tuple(self._with_sizes(sizes) for sizes in self.crops.mixture) or (self,)
@@ -429,11 +435,6 @@ class RunConfig(Section):
         guard, mistakes = self.guard, []
         if guard.every_steps is None:
             return []
-        if guard.images is None and self.eval.train is None:
-            mistakes.append(
-                "guard.images: there is nothing to measure; name held-out images (or set eval.train"
-                " and eval.test), or set guard.every_steps to null"
-            )
         if guard.measure == "knn_top1" and self.eval.train is None:
             mistakes.append(
                 "guard.measure: 'knn_top1' needs labelled images in eval.train and eval.test; "

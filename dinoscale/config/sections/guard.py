@@ -11,7 +11,10 @@ class GuardConfig(Section):
     """The teacher against its start and its best so far, on held-out images.
 
     Each measurement has a checkpoint; the best one is kept, and its teacher is written to
-    `best.safetensors` in the run directory when the run ends. Off while `every_steps` is null.
+    `best.safetensors` in the run directory when the run ends. Phases go on from the start and the
+    best of the one before, and have one `best.safetensors`, that of the whole run. Numbers of other
+    images, or of other `eval.resize` and `eval.crop`, do not compare: the guard then begins anew.
+    Off while `every_steps` is null.
     """
 
     every_steps: Count | None = Field(
@@ -21,7 +24,8 @@ class GuardConfig(Section):
     )
     images: PathText | None = Field(
         default=None,
-        description="Held-out images, whose labels are not read; null: those of eval.train.",
+        description="Held-out images, whose labels are not read; null: those of eval.train, or "
+        "without them the first source of data.train, which shows a ruined teacher as well.",
     )
     num_images: int = Field(
         default=2048,

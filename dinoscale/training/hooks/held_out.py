@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from dinoscale.config import RunConfig
 from dinoscale.data.decoding.decode import Decoder
+from dinoscale.data.shards.remote import is_remote
 from dinoscale.data.sources.mixture import require_few_left_out
 from dinoscale.data.sources.source import StoredSource
 from dinoscale.data.sources.subset import SubsetSource
-from dinoscale.errors import DataError, NonFiniteError
+from dinoscale.errors import ConfigError, DataError, NonFiniteError
 from dinoscale.evaluate.features import extract_unlabelled
 from dinoscale.evaluate.label_free.agreement import agreement, nearest
 from dinoscale.evaluate.label_free.spectrum import alpha_req, rankme
@@ -45,7 +46,7 @@ class HeldOut:
         open_set: Callable[[str, Decoder], StoredSource],
         heartbeat: Callable[[], None] = lambda: None,
     ) -> None:
-        """Open `guard.images`, or else `eval.train`.
+        """Open `guard.images`, or else `eval.train`, or else the first source of `data.train`.
 
         Args:
             config: of the run.
@@ -53,10 +54,16 @@ class HeldOut:
             heartbeat: called while rank 0 looks at the names and sizes of the images.
 
         Raises:
+            ConfigError: it is streamed.
             DataError: it cannot be opened or listed, or lacks more than `data.max_bad_fraction`.
         """
-        spec = config.guard.images or config.eval.train
+        spec = config.guarded_images
         assert spec is not None
+        if is_remote(spec):
+            raise ConfigError(
+                f"guard.images: {spec} is streamed, and the guard measures stored images; name some"
+                " in guard.images, or set guard.every_steps to null"
+            )
         source = open_set(spec, Decoder(config.data.channels, config.data.max_pixel_value))
         require_few_left_out(source, spec, max_lost=config.data.max_bad_fraction)
         count = config.guard.num_images

@@ -263,6 +263,22 @@ def test_the_same_images_at_another_path_are_the_same_and_others_of_its_names_ar
     assert shown.identity != one.identity
 
 
+def test_without_other_images_the_guard_measures_a_fixed_choice_of_those_trained_on(
+    tmp_path: Path,
+) -> None:
+    preset = load_config("adapt_dinov2_vits14", [f"data.train={SPEC}"])
+    assert [run.guard.every_steps for run in phases_of(preset)] == [1000, 1000]
+    assert preset.guarded_images == SPEC
+    config = preset.model_copy(update={"run_dir": str(tmp_path)})
+    held_out = HeldOut(config, lambda name, decoder: open_source(name, decoder))
+    assert held_out.images == f"40 of 40 images of {SPEC}"
+    labelled = tiny_config(eval={"train": "b", "test": "c"}, data={"train": "a"})
+    assert labelled.guarded_images == "b"
+    streamed = tiny_config(data={"train": "https://host/a.tar"}, guard={"every_steps": 5})
+    with pytest.raises(ConfigError, match=r"guard\.images: https://host/a\.tar is streamed"):
+        HeldOut(streamed, lambda name, decoder: open_source(name, decoder))
+
+
 def test_the_start_of_other_images_gives_no_agreement(tmp_path: Path) -> None:
     _values(_held_out(tmp_path), 0, starts=True)
     other = _held_out(tmp_path, f"{SPEC}&seed=5")
@@ -287,7 +303,6 @@ def test_features_that_are_not_finite_have_no_rank(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sections", "key"),
     [
-        ({"guard": {"every_steps": 5}}, "guard.images: there is nothing to measure"),
         (
             {"guard": {"every_steps": 5, "images": "a", "measure": "knn_top1"}},
             "guard.measure: 'knn",
