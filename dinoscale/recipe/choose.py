@@ -30,6 +30,8 @@ _EPOCH_STEPS = 500  # steps each
 _MOST_PASSES = (
     200  # over the images when going on, where published runs from scratch make 100 to 800
 )
+_GUARDED = 50  # measurements of the guard in a run from scratch, and
+_LEAST_GUARD_STEPS = 100  # steps between two of any run: each writes a checkpoint
 _LEAST_STD = 0.004  # a level of 255, in which pixels are counted
 _MASK_GROUP = 4  # ibot.mask_group of base/adapt.yaml
 _BAD = 0.001  # default of data.max_bad_fraction
@@ -118,6 +120,12 @@ def _from_scratch(facts: SetFacts, *, model: str | None, gpus: int) -> tuple[str
         ),
         *_momentum(batch, epochs * steps),
         *_pixels(facts, channels=_channels(facts), why=_why_channels(facts)),
+        *_guard(
+            facts,
+            every_steps=epochs * steps // _GUARDED,
+            why="fifty times a run, or every 100 steps [D]: a teacher whose features lose a tenth"
+            " of their effective rank is a warning (guard.on_fall), which needs no labels",
+        ),
     ]
     return f"vit_{model}16", settings
 
@@ -160,6 +168,21 @@ def _momentum(batch: int, steps: int) -> list[Setting]:
         why = "the authors' advice for 256 images a step and fewer [C]"
         return [Setting("dino.momentum", 0.9995, why)]
     return []  # 0.996, the preset's
+
+
+def _guard(facts: SetFacts, *, every_steps: int, why: str) -> list[Setting]:
+    """The guard, on the images themselves, as no others are known; it compares at least two."""
+    if facts.images < 2:
+        return []
+    return [
+        Setting("guard.every_steps", max(every_steps, _LEAST_GUARD_STEPS), why),
+        Setting(
+            "guard.images",
+            facts.spec,
+            "a fixed choice of these (guard.num_images), as no others are known here; better are"
+            " some that are kept apart. Labels are not read",
+        ),
+    ]
 
 
 def _crops(side: int) -> list[Setting]:
@@ -222,6 +245,12 @@ def _going_on(
         *_pixels_of(card, facts),
         Setting("eval.resize", card.resize, "theirs"),
         Setting("eval.crop", card.crop, "theirs"),
+        *_guard(
+            facts,
+            every_steps=_epoch_steps(facts.images, batch)[0],
+            why="an epoch here, or 100 steps [D]: features that get worse than those of the weights"
+            " are a warning (guard.on_fall), and the best teacher is kept as best.safetensors",
+        ),
     ]
     return base, settings
 

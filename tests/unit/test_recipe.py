@@ -221,6 +221,18 @@ def test_going_on_with_few_or_small_images_is_short_and_says_what_it_enlarges(
     assert "enlarge" not in "\n".join(_on(IMAGENET, RGB_CARD).cautions)
 
 
+@pytest.mark.parametrize("card", [None, RGB_CARD])
+def test_a_recipe_guards_its_features(tmp_path: Path, card: BackboneCard | None) -> None:
+    config = _resolved(tmp_path, IMAGENET, card=card)
+    assert (config.guard.images, config.guard.on_fall) == (IMAGENET.spec, "warn")
+    steps = 100 * 1251 // 50 if card is None else 500
+    assert config.guard.every_steps == steps
+    assert all(phase.guard == config.guard for phase in phases_of(config))
+    few = _resolved(tmp_path, replace(IMAGENET, images=900), card=card)
+    assert few.guard.every_steps == (100 if card else 224)
+    assert "guard.images" not in _chosen(replace(IMAGENET, images=1))
+
+
 def test_copies_gray_and_damaged_images_are_seen(tmp_path: Path) -> None:
     _noise(tmp_path / "a", images=12)
     for copy, original in (("x", 3), ("y", 5), ("z", 3)):
