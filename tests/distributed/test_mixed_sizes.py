@@ -51,6 +51,7 @@ def _run(
         # As many masked patches on each rank: the center of patches averages the ranks' means.
         ibot={"mask_rule": "dinov3", "mask_group": 2},
         koleo={"loss_weight": 0.0},
+        optim={"lr": 0.002},  # a few steps do not amplify the rounding to bf16
         gram={"loss_weight": 1.0, "refresh_every_steps": 1},
         engine={"zero_stage": int(stage), "precision": precision},
         train=train,
@@ -162,4 +163,5 @@ def test_stages_and_precisions_agree_on_the_same_images(runs: Path, kind: str) -
         if precision == "fp32":
             assert here == pytest.approx(there, rel=1e-5, abs=1e-7)
         else:
-            assert here["loss"] == pytest.approx(there["loss"], rel=BF16)
+            for term in ("loss", "gram_loss"):
+                assert here[term] == pytest.approx(there[term], rel=BF16)
