@@ -113,10 +113,20 @@ def read_hf_dinov3(
     return Weights(backbone, None, completed(card, content), "hf", left_out)
 
 
-def _whole_patches(side: object, shape: BackboneShape) -> int:
-    """The side of images in pixels, which positions do not need, as a multiple of the patch."""
+def _whole_patches(given: object, shape: BackboneShape) -> int:
+    """The side of images in pixels, which positions do not need, as a multiple of the patch.
+
+    Raises:
+        CheckpointError: `image_size` is neither a side nor a list of two equal ones.
+    """
+    sides = given if isinstance(given, list) else [given, given]
+    side = sides[0] if sides else None
+    if sides != [side, side] or type(side) is not int or side < 1:
+        raise CheckpointError(
+            f"has a config.json with image_size {given!r}, need pixels of a square, such as 224"
+        )
     patch_size = shape.patch_size or 1
-    return max(1, side // patch_size) * patch_size if isinstance(side, int) else patch_size
+    return max(1, side // patch_size) * patch_size
 
 
 def from_hf_dinov3(

@@ -131,8 +131,10 @@ def _own_num_heads(settings: Mapping[str, Any], *, asked: int | None) -> int | N
 
 
 def _image_side(config: Mapping[str, Any], *, default: int) -> int:
-    """H of the `input_size` (C, H, W)."""
+    """H of the `input_size` (C, H, H)."""
     size = config.get("input_size", [0, default, default])
     if not isinstance(size, list) or len(size) != 3 or type(size[1]) is not int or size[1] < 1:
         raise CheckpointError(f"has a config.json with input_size {size!r}, not [C, H, W]")
+    if size[2] != size[1]:
+        raise CheckpointError(f"has a config.json with input_size {size!r}, which is no square")
     return size[1]

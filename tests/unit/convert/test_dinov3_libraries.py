@@ -1,6 +1,7 @@
 """DINOv3 in timm and transformers: their own models are read, ours are written, or refused."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -246,19 +247,35 @@ def test_a_number_of_heads_that_contradicts_the_architecture_is_refused(
         read_source(tmp_path, num_heads=4)
 
 
-def test_a_config_of_transformers_without_a_number_of_heads_has_that_of_the_library(
-    tmp_path: Path,
-) -> None:
+def _settings_of_hf(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    """Path and content of the config.json of a small DINOv3ViTModel."""
     model = build_backbone(NAMES[0], img_size=32, depth=1, mask_token=True)
     shape = BackboneShape(NAMES[0], img_size=32, depth=1, mask_token=True)
     card = BackboneCard(shape, (0.5,) * 3, (0.25,) * 3, resize=40, crop=32, source="a test")
     save_backbone(tmp_path / "ours.safetensors", model.state_dict(), card)
     convert(tmp_path / "ours.safetensors", tmp_path / "hf", to="hf")
     path = tmp_path / "hf" / "config.json"
-    settings = json.loads(path.read_text())
+    (path.parent / "dinoscale.json").unlink()  # which has its checksum
+    return path, json.loads(path.read_text())
+
+
+def test_a_config_of_transformers_without_a_number_of_heads_has_that_of_the_library(
+    tmp_path: Path,
+) -> None:
+    path, settings = _settings_of_hf(tmp_path)
     assert settings.pop("num_attention_heads") == 6
     path.write_text(json.dumps(settings))
-    (tmp_path / "hf" / "dinoscale.json").unlink()
-    assert read_source(tmp_path / "hf", num_heads=6).card.backbone.num_heads == 6
+    assert read_source(path.parent, num_heads=6).card.backbone.num_heads == 6
     with pytest.raises(CheckpointError, match="has num_heads=6, not 4; omit num_heads"):
-        read_source(tmp_path / "hf", num_heads=4)
+        read_source(path.parent, num_heads=4)
+
+
+def test_images_of_transformers_are_square(tmp_path: Path) -> None:
+    path, settings = _settings_of_hf(tmp_path)
+    for given, side in (([48, 48], 48), (40, 32), ([8, 8], 16)):
+        path.write_text(json.dumps({**settings, "image_size": given}))
+        assert read_source(path.parent).card.backbone.img_size == side
+    for odd in ([32, 48], [], [32], "32", None, 0, True, [32, 32, 32]):
+        path.write_text(json.dumps({**settings, "image_size": odd}))
+        with pytest.raises(CheckpointError, match=f"image_size {re.escape(repr(odd))}, need pixel"):
+            read_source(path.parent)

@@ -210,6 +210,7 @@ def test_an_almost_empty_load_is_refused_and_counted(tmp_path: Path) -> None:
         ({"model_args": [1]}, "no mappings"),
         ({"pretrained_cfg": {"crop_pct": "0.9"}}, "crop_pct"),
         ({"pretrained_cfg": {"input_size": [3, "x", 1]}}, "input_size"),
+        ({"pretrained_cfg": {"input_size": [3, 32, 40]}}, "which is no square"),
         ({"pretrained_cfg": {"mean": ["a"], "std": [1]}}, "mean"),
         ({"architecture": 7}, "name is 7"),
         ({"architecture": "vit_tinny_patch16_224"}, "unknown model 'vit_tinny_patch16_224'"),
