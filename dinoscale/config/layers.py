@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dinoscale.config.sections.backbones import RESNET50, ModelConfig
+from dinoscale.errors import ConfigError
 
 _SIZES_OF_NAME = ("embed_dim", "depth", "num_heads")  # sizes that the name of a backbone stands for
 # What a mixture of sizes replaces.
@@ -19,11 +20,13 @@ class Layers:
         values: sections by key.
         origins: which layer each dotted key came from.
         files: that were merged, with their place in the order.
+        unsized: whether a mixture of sizes was taken back, which has replaced the sizes before it.
     """
 
     values: dict[str, object] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     files: dict[Path, int] = field(default_factory=dict)
+    unsized: bool = False
 
     def put(self, *parts: Mapping[str, object], origin: str) -> None:
         """Merge a layer over those before; of its parts, the later win."""
@@ -34,10 +37,35 @@ class Layers:
         if isinstance(model, dict) and isinstance(given, Mapping):
             for key in sizes_of_another(model, given):
                 model.pop(key, None)
-        crops = layer.get("crops")
-        if isinstance(crops, Mapping) and crops.get("mixture"):
+        mixture = _mixture_of(layer)
+        if mixture:
             drop_one_size(self.values)
+            self.unsized = False
+        elif mixture is not None and _mixture_of(self.values):
+            drop_one_size(self.values)  # the mixture's largest
+            self.unsized = True
         self._merge(self.values, layer, origin=origin, prefix="")
+
+    def require_sizes(self) -> None:
+        """Refuse a mixture that was taken back without sizes of crops in its place.
+
+        Raises:
+            ConfigError: some are missing.
+        """
+        crops, gram = (self.values.get(section) for section in _ONE_SIZE)
+        given = {f"crops.{key}" for key in crops} if isinstance(crops, Mapping) else set()
+        needed = ["crops.global_size"]
+        if not isinstance(crops, Mapping) or crops.get("num_local") != 0:
+            needed.append("crops.local_size")
+        if isinstance(gram, Mapping):
+            given |= {f"gram.{key}" for key in gram}
+            needed += ["gram.crop_size"] if gram.get("loss_weight") else []
+        missing = [key for key in needed if key not in given]
+        if self.unsized and missing:
+            raise ConfigError(
+                "crops.mixture: the empty list takes back a mixture, which has replaced the sizes "
+                f"of crops before it; give {' and '.join(missing)} too"
+            )
 
     def _merge(
         self, into: dict[str, object], new: Mapping[str, object], *, origin: str, prefix: str
@@ -52,6 +80,12 @@ class Layers:
             else:
                 into[key] = value
             self.origins[path] = origin
+
+
+def _mixture_of(values: Mapping[str, object]) -> object:
+    """The mixture of sizes that settings give; None if they give none, not even an empty one."""
+    crops = values.get("crops")
+    return crops.get("mixture") if isinstance(crops, Mapping) else None
 
 
 def drop_one_size(values: Mapping[str, object]) -> None:

@@ -318,6 +318,7 @@ def _is_typed(names: Sequence[str], text: str) -> bool:
 
 
 def _checked(merged: Layers) -> RunConfig:
+    merged.require_sizes()
     try:
         config = RunConfig.model_validate(merged.values)
         phases_of(config)  # a mistake in the last phase must not wait for it
@@ -393,7 +394,10 @@ def _run_of(
     ):
         merged.put(values, origin="")
     try:
+        merged.require_sizes()
         run = RunConfig.model_validate(merged.values)
+    except ConfigError as error:
+        raise ConfigError(f"phases.{phase.name}.{error}") from None
     except ValidationError as error:
         lines = [f"phases.{phase.name}.{text}" for _, text in sentences(error.errors())]
         raise ConfigError("\n".join(lines)) from None

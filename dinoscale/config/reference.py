@@ -105,9 +105,10 @@ crops:
 Which one is a function of (seed, step): all ranks and micro-batches of a step have the same, and
 so has a resumed run. `crops.global_size` and `crops.local_size` are then the largest ones and may
 be left out; those that a file inherits, or that a phase changes, give way to the mixture, and so
-does `gram.crop_size`. A run cannot resume with another mixture. `plan` gives the memory of the
-largest sizes and the mean time, `bench step` and `bench data` measure the largest alone, and log
-lines hold the sizes of their step. The last phase of `dinov3_vit7b16` has the five published sizes.
+does `gram.crop_size`. An empty list takes a mixture back, and sizes have to be given with it. A run
+cannot resume with another mixture. `plan` gives the memory of the largest sizes and the mean time,
+`bench step` and `bench data` measure the largest alone, and log lines hold the sizes of their step.
+The last phase of `dinov3_vit7b16` has the five published sizes.
 
 ## Micro-batches
 

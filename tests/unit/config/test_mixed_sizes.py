@@ -61,6 +61,35 @@ def test_a_mixture_replaces_one_size_in_a_later_phase_and_is_written_and_read(
         assert load_config(str(path)) == run
 
 
+def test_a_mixture_that_is_taken_back_needs_sizes_in_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "chain.yaml"
+    path.write_text(_PHASES)
+    mixed = tmp_path / "mixed.yaml"
+    mixed.write_text(
+        f"defaults: [{path}]\ncrops: {{mixture: [{{weight: 1, global_size: 64, local_size: 8}}]}}\n"
+    )
+    ends = " takes back a mixture, which has replaced the sizes of crops before it; give "
+    given = ["crops.mixture=[]"]
+    for more in ("crops.global_size=36", "crops.local_size=20", "gram.crop_size=null"):
+        with pytest.raises(ConfigError, match=f"^crops.mixture: the empty list{ends}") as refused:
+            load_config(str(mixed), given)
+        assert more.partition("=")[0] in str(refused.value)
+        given.append(more)
+    assert _sizes(load_config(str(mixed), given)) == [(36, 20, None)]
+    assert _sizes(load_config(str(mixed))) == [(64, 8, None)]
+
+    change = "{crops: {mixture: [], global_size: 48}}"
+    last = tmp_path / "last.yaml"
+    last.write_text(f"defaults: [{mixed}]\nphases: [{{name: last, change: {change}}}]\n")
+    with pytest.raises(ConfigError) as refused:
+        load_config(str(last))
+    assert str(refused.value).startswith("phases.last.crops.mixture: the empty list")
+    assert str(refused.value).endswith("give crops.local_size and gram.crop_size too")
+    more = ["phases.last.crops.local_size=20", "phases.last.gram.crop_size=96"]
+    (run,) = phases_of(load_config(str(last), more))
+    assert _sizes(run) == [(48, 20, 96)]
+
+
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
