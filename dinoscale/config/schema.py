@@ -339,6 +339,11 @@ class RunConfig(Section):
                 for key in ("layer_decay", "patch_embed_lr")
                 if getattr(self.optim, key) != 1
             ]
+            if self.optim.backbone_lr == 0:
+                mistakes.append(
+                    f"optim.backbone_lr: 0 does not rest {RESNET50}, whose batch norm statistics "
+                    "follow the images all the same; need above 0"
+                )
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self

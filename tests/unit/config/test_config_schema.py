@@ -290,6 +290,11 @@ def test_resnet_has_no_rates_by_layer(key: str) -> None:
     assert messages == [f"optim.{key}: resnet50 has no transformer blocks, need 1.0, got 0.5"]
 
 
+def test_a_resnet_cannot_rest() -> None:
+    (message,) = _messages(model__backbone="resnet50", optim__backbone_lr=0.0)
+    assert message.startswith("optim.backbone_lr: 0 does not rest resnet50, whose batch norm")
+
+
 def test_an_epoch_has_one_length() -> None:
     assert _messages(train__steps_per_epoch=7, data__images_per_epoch=900) == [
         "data.images_per_epoch: 900 images and 7 steps (train.steps_per_epoch) both say how long "
