@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from dinoscale.models.resnet import ResNet50
 from dinoscale.models.vit import VisionTransformer
 from dinoscale.models.weight_names import from_reference
 from dinoscale.runtime import distributed
+from dinoscale.runtime.outputs import PHASES
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +71,32 @@ def read_initial_weights(
         log.info("the projection head of %s is left out; train.init_head=true takes it", path)
     log.info("starting from %s: %s of its backbone", path, coverage)
     return InitialWeights(state, **heads)
+
+
+def initial_weights_caution(config: RunConfig, then: Mapping[str, Any]) -> str | None:
+    """A warning if a run that goes on names other initial weights than those it began with.
+
+    Args:
+        config: of the run.
+        then: configuration in the checkpoint that it goes on from.
+
+    Returns:
+        A sentence; None if nothing has changed, or for a phase, which begins where another ended.
+    """
+    train, here = then.get("train", {}), config.train
+    before = train.get("init_from"), bool(train.get("init_head", False))
+    if before == (here.init_from, here.init_head) or _is_phase(here.init_from):
+        return None
+    return (
+        f"train.init_from={here.init_from or 'null'} with init_head={here.init_head} is not read:"
+        f" the run began with {before[0] or 'null'} and init_head={before[1]}, and goes on from its"
+        " checkpoint; to begin with other weights, choose another run_dir, or move"
+        f" {config.run_dir}/checkpoints away"
+    )
+
+
+def _is_phase(path: str | None) -> bool:
+    return path is not None and Path(path).parent.name == PHASES
 
 
 def read_gram_weights(

@@ -35,7 +35,11 @@ from dinoscale.config.resolve import (
     with_micro_batch,
     without_auto,
 )
-from dinoscale.convert.initial_weights import read_gram_weights, read_initial_weights
+from dinoscale.convert.initial_weights import (
+    initial_weights_caution,
+    read_gram_weights,
+    read_initial_weights,
+)
 from dinoscale.data.decoding.decode import Decoder
 from dinoscale.data.sources.mixture import source_sizes
 from dinoscale.data.sources.source import Source, StoredSource, open_source
@@ -390,11 +394,13 @@ def _announce(
     workers = config.data.num_workers * process.local_world_size
     if workers > cores:
         log.warning("%d data workers share %d cores; lower data.num_workers", workers, cores)
-    then = None if resumed_from is None else resumed_from.state["plan"]
+    state = None if resumed_from is None else resumed_from.state
+    then = None if state is None else state["plan"]
     for caution in (
         batch_norm_caution(config, plan, then),
         koleo_caution(config, plan, then),
         drawn_images_caution(config),
+        None if state is None else initial_weights_caution(config, state["config"]),
     ):
         if caution is not None:
             log.warning("%s", caution)

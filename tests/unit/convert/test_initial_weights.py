@@ -12,6 +12,7 @@ from dinoscale.config import RunConfig, parse_config
 from dinoscale.convert.formats.dinov3 import as_in_dinov3
 from dinoscale.convert.initial_weights import (
     adapted_channels,
+    initial_weights_caution,
     read_gram_weights,
     read_initial_weights,
 )
@@ -238,3 +239,16 @@ def test_weights_of_the_gram_network_are_fitted_alike_and_refused_by_name(tmp_pa
     assert read_gram_weights(tiny_config()) is None
     with pytest.raises(ConfigError, match=f"^gram.teacher: {path} holds a ViT .*depth 2"):
         read_gram_weights(tiny_config(gram=gram, model={"depth": 3}))
+
+
+def test_other_initial_weights_of_a_run_that_goes_on_are_named() -> None:
+    began = tiny_config(train={"init_from": "wrong.pth"})
+    then = began.model_dump(mode="json")
+    assert initial_weights_caution(began, then) is None
+    said = initial_weights_caution(tiny_config(train={"init_from": "right.pth"}), then)
+    assert said is not None
+    assert "train.init_from=right.pth with init_head=False is not read: the run began with" in said
+    assert "wrong.pth" in said
+    moved = tiny_config(train={"init_from": "moved/run/phases/01_first", "init_head": True})
+    assert initial_weights_caution(moved, then) is None
+    assert initial_weights_caution(tiny_config(), {}) is None  # as of an older version
