@@ -104,7 +104,7 @@ def export_best(run_dir: Path, heartbeat: Callable[[], None] = lambda: None) -> 
 
 
 def set_back(run_dir: Path, *, step: int) -> list[Path]:
-    """Rename the checkpoints after `step`, so that a resume begins there; those renamed before go.
+    """Rename the checkpoints after `step`, so that a resume begins there; earlier ones go.
 
     Returns:
         Their new paths.
@@ -113,6 +113,7 @@ def set_back(run_dir: Path, *, step: int) -> list[Path]:
         UnreadableError: they cannot be listed, or the state of one cannot be read.
         OSError: one cannot be renamed.
     """
+    of_earlier = list((run_dir / "checkpoints").glob(f"{_FALLEN}step_*"))
     moved = []
     # The newest first: an interruption then leaves no gap.
     for path in sorted(checkpoints(run_dir), key=held_step, reverse=True):
@@ -121,6 +122,9 @@ def set_back(run_dir: Path, *, step: int) -> list[Path]:
             if aside.exists():
                 shutil.rmtree(aside)
             moved.append(path.rename(aside))
+    for path in of_earlier:
+        if path not in moved:
+            shutil.rmtree(path)
     return moved
 
 

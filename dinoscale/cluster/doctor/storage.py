@@ -147,7 +147,8 @@ def num_checkpoints(config: RunConfig) -> int:
     rule = config.checkpoint
     permanent = 0 if rule.keep_every is None else config.train.epochs // rule.keep_every
     measures = config.eval.train is not None or config.guard.every_steps is not None
-    return rule.keep_last + permanent + (rule.keep_best and measures) + 1
+    fallen = rule.keep_last if config.guard.on_fall == "roll_back" and measures else 0  # set aside
+    return rule.keep_last + permanent + (rule.keep_best and measures) + 1 + fallen
 
 
 def judge_disk(

@@ -55,6 +55,15 @@ def test_a_fall_goes_back_though_the_best_weights_cannot_be_written(run_dir: Pat
     assert _steps(run_dir) == [0, 2]
 
 
+def test_only_the_checkpoints_of_the_last_fall_lie_aside(run_dir: Path) -> None:
+    older = run_dir / "checkpoints" / "fallen_step_00000098"
+    older.mkdir()
+    with pytest.raises(RunFailedError):
+        _fall(run_dir)
+    aside = {path.name for path in (run_dir / "checkpoints").glob("fallen_*")}
+    assert aside == {"fallen_step_00000004", "fallen_step_00000006"}
+
+
 def test_nothing_is_set_aside_while_a_checkpoint_cannot_be_read(run_dir: Path) -> None:
     state = directory(run_dir, 2) / STATE_FILE
     kept = state.read_bytes()
