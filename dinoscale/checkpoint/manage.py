@@ -21,13 +21,17 @@ def list_checkpoints(run_dir: Path) -> dict[str, Any]:
     """
     found = _summaries(run_dir)
     best = best_of(found)
-    rows = [{**asdict(s), "path": str(s.path), "best": s is best} for s in found]
+    rows = [
+        {**asdict(s), "path": str(s.path), "guard": s.guard_text, "best": s is best} for s in found
+    ]
     return {"run_dir": str(run_dir), "checkpoints": rows}
 
 
 def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows of `list_checkpoints` as a text table."""
-    lines = [f"{'step':>9}  {'saved at':25}  {'MB':>9}  {'ranks':>5}  {'stage':>5}  k-NN top-1"]
+    head = f"{'step':>9}  {'saved at':25}  {'MB':>9}  {'ranks':>5}  {'stage':>5}  k-NN top-1"
+    guarded = any(row["guard"] for row in rows)
+    lines = [f"{head}  guard" if guarded else head]
     for row in rows:
         if row["saved_at"] is None:
             lines.append(f"{row['step']:9}  cannot be read; try `dinoscale checkpoint verify`")
@@ -35,7 +39,9 @@ def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
         knn = "-" if row["knn_top1"] is None else f"{row['knn_top1']:.1f}"
         lines.append(
             f"{row['step']:9}  {row['saved_at']:25}  {row['num_bytes'] / 1e6:9.1f}"
-            f"  {row['world_size']:5}  {row['zero_stage']:5}  {knn}{' best' if row['best'] else ''}"
+            f"  {row['world_size']:5}  {row['zero_stage']:5}  "
+            + (f"{knn:10}  {row['guard']}".rstrip() if guarded else knn)
+            + (" best" if row["best"] else "")
         )
     return "\n".join(lines)
 

@@ -50,6 +50,15 @@ class Summary:
     zero_stage: int | None
     guarded: Guarded | None = None
 
+    @property
+    def guard_text(self) -> str:
+        """What the guard measured at this step, and whether it is a fall; empty if nothing."""
+        known = self.guarded
+        value = known.values.get(known.measure) if known and known.step == self.step else None
+        if known is None or value is None:
+            return ""
+        return f"{known.measure} {value:.4g}{' fallen' if known.fall else ''}"
+
 
 def summary(path: Path) -> Summary:
     """Read a checkpoint's state.json and the sizes of its files, without verification."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dinoscale.checkpoint.manage import as_table, list_checkpoints
 from dinoscale.checkpoint.progress import Guarded, write_measured
 from dinoscale.config import dump_config
 from dinoscale.reports.run.guard import check_guard, margin
@@ -60,6 +61,11 @@ def test_the_page_shows_the_teacher_before_and_after(tmp_path: Path) -> None:
     assert "best (step 10)" in page
     assert "last (step 20)" in page
     assert "9 of 9 images of held_out" in page
+    assert "rankme 7 fallen" in page  # beside its checkpoint
+    (listed,) = list_checkpoints(run)["checkpoints"]
+    assert listed["guard"] == "rankme 7 fallen"
+    assert as_table([listed]).splitlines()[0].endswith("k-NN top-1  guard")
+    assert as_table([listed]).endswith("-           rankme 7 fallen")
     names = {Path(path).name for path in told["plots"]}
     assert names == {"guard_rankme.png", "guard_agreement.png"}
     assert told["problems"] == ["step 20: the teacher has fallen"]

@@ -112,10 +112,12 @@ def _checkpoints(record: Record) -> Element:
                 "" if one.knn_top1 is None else f"{one.knn_top1:.1f} %",
                 **({"class_": "best"} if one is best else {}),
             ),
+            element("td", one.guard_text, class_="text"),
         )
         for one in reversed(found)
     ]
-    return html.table(_heads("step", "size", "saved at", "k-NN top-1"), rows)
+    heads = _heads("step", "size", "saved at", "k-NN top-1", text=("guard",))
+    return html.table(heads, rows)
 
 
 def _settings(record: Record) -> Iterator[Element]:
