@@ -201,7 +201,7 @@ class Saver:
         }
         gram = teacher.gram
         if gram is not None and gram.refreshes is not None:
-            kinds[GRAM] = gram.own
+            kinds[GRAM] = gram.backbone.own
         for kind, views in kinds.items():
             for fragment, view in zip(student.layout.fragments, views, strict=True):
                 starts[fragment.name] = fragment.start

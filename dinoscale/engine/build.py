@@ -12,13 +12,14 @@ from dinoscale.config.resolve import RunPlan
 from dinoscale.config.schema import RunConfig
 from dinoscale.config.sections.training import CurveConfig
 from dinoscale.engine.frozen.gram import GramNetwork, crop_size_of
+from dinoscale.engine.frozen.network import FrozenBackbone
 from dinoscale.engine.initialization import Write, build_on_meta
 from dinoscale.engine.micro_batch import LossWeights
 from dinoscale.engine.schedules import Curve, Schedules
 from dinoscale.engine.student import Student, gather_whole_blocks
 from dinoscale.engine.teacher import Teacher
 from dinoscale.models.heads import DinoHead
-from dinoscale.models.network import DinoNetwork, PatchNetwork
+from dinoscale.models.network import DinoNetwork, TokenNetwork
 from dinoscale.models.rope import Rope
 from dinoscale.models.sync_bn import convert_sync_batch_norm
 from dinoscale.models.vit import VisionTransformer
@@ -162,17 +163,19 @@ def build_pair(
     initial = initial_values(config, writes, init_from) if values else _zeros(writes)
     student = Student(student_network, config, plan, _beating(initial, heartbeat))
     heartbeat()
-    gram = None if gram_network is None else GramNetwork(gram_network, student, config, plan)
+    gram = None
+    if gram_network is not None:
+        gram = GramNetwork(FrozenBackbone(gram_network, student, config, plan), config.gram)
     return student, Teacher(teacher_network, student, config, plan, gram)
 
 
-def _gram_network(config: RunConfig) -> PatchNetwork | None:
+def _gram_network(config: RunConfig) -> TokenNetwork | None:
     """A backbone of the run's architecture, if its loss has a Gram term."""
     if not config.gram.loss_weight:
         return None
     backbone = _local_network(config).backbone
     assert isinstance(backbone, VisionTransformer)  # others have no patches, and are refused
-    return PatchNetwork(backbone)
+    return TokenNetwork(backbone)
 
 
 def _beating(
@@ -219,7 +222,7 @@ def _zeros(writes: Sequence[Write]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _compile_blocks(
-    networks: Sequence[DinoNetwork | PatchNetwork], config: RunConfig, plan: RunPlan
+    networks: Sequence[DinoNetwork | TokenNetwork], config: RunConfig, plan: RunPlan
 ) -> None:
     """Compile the blocks for a micro-batch's crops of each size; `auto` does so on a GPU only.
 

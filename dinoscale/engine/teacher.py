@@ -352,7 +352,7 @@ class Teacher:
 
     def num_bytes(self) -> int:
         """Bytes this rank holds: float32 shard, weights for the forward, and the Gram network."""
-        gram = 0 if self.gram is None else self.gram.num_bytes()
+        gram = 0 if self.gram is None else self.gram.backbone.num_bytes()
         shards = sum(4 * size for size in self.layout.shard_sizes)
         return shards + self._weights.num_bytes() + gram
 

@@ -143,8 +143,8 @@ class DinoNetwork(nn.Module):
         return [self.head.last_layer(self.head.unit_vectors(rows), of_both)]
 
 
-class PatchNetwork(nn.Module):
-    """A backbone alone, for its patch tokens; parameters are named backbone.*, as in a run."""
+class TokenNetwork(nn.Module):
+    """A backbone alone, for its tokens; parameters are named backbone.*, as in a run."""
 
     backbone: VisionTransformer
 
@@ -153,7 +153,12 @@ class PatchNetwork(nn.Module):
         super().__init__()
         self.backbone = backbone
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Patch tokens (N, P, D) of images (N, C, H, W), through the final norm."""
-        _, patches = self.backbone([images], all_patches=True)
-        return patches  # type: ignore[no-any-return]  # nn.Module is untyped
+    def forward(
+        self, images: Tensor, keep: Tensor | None = None, coordinates: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Class tokens (N, D) and patch tokens (N, P, D) of images (N, C, H, W), normalised.
+
+        `keep` and `coordinates` as in `VisionTransformer.forward`.
+        """
+        tokens, patches = self.backbone([images], keep, coordinates=coordinates, all_patches=True)
+        return tokens, patches

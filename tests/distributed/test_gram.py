@@ -155,9 +155,9 @@ def _follow(job: str, run_dir: Path) -> dict[str, Any]:
     gather = Gathering(pair[0])
     found = _steps(pair, config, plan, gather, range(STEPS), run_dir)
     gram = pair[1].gram
-    parameters = list(gram._network.parameters())
+    parameters = list(gram.backbone.network.parameters())
     assert not any(p.requires_grad or p.grad is not None for p in parameters)
-    assert not gram._network.training
+    assert not gram.backbone.network.training
     found["rolled_back"] = []
     for step in (SAVED, FIRST):
         _restore(run_dir, step, pair)
@@ -190,7 +190,7 @@ def _steps(
     keys = ("loss", "gram_loss", "norm", "refreshes", "ran", "ema", "gram")
     found: dict[str, list[Any]] = {key: [] for key in keys}
     weights, ran = loss_weights_of(config), []
-    pair[1].gram._network.register_forward_hook(lambda *_: ran.append(step))
+    pair[1].gram.backbone.network.register_forward_hook(lambda *_: ran.append(step))
     for step in steps:
         now, batches = _values(config, plan, step), micro_batches(config, plan, step)
         if step == BAD:
@@ -221,7 +221,7 @@ def _weights(gather: Gathering, pair: Any) -> dict[str, Tensor]:
     student, teacher = pair
     if teacher.gram.refreshes is None:
         return {}
-    parts = zip(student.layout.fragments, teacher.gram.own, strict=True)
+    parts = zip(student.layout.fragments, teacher.gram.backbone.own, strict=True)
     whole = gather([torch.zeros(f.numel) if v is None else v.float() for f, v in parts])
     return {name: value for name, value in whole.items() if name.startswith(BACKBONE)}
 

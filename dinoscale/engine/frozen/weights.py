@@ -48,10 +48,10 @@ class Replicated(Generic[Network]):
         network.load_state_dict(views, assign=True)
         self.buffers = dict(network.named_buffers())
 
-    def forward(self, *inputs: Any) -> Tensor:
+    def forward(self, *inputs: Any) -> Any:
         """The network's result."""
         self.wait()
-        return self.network(*inputs)  # type: ignore[no-any-return]  # nn.Module is untyped
+        return self.network(*inputs)
 
     def publish(self, average: Sequence[Tensor]) -> None:
         """Start to refresh the weights from the shards; other work overlaps until their use."""
@@ -106,10 +106,9 @@ class Partitioned(Generic[Network]):
             own = self._parameters[fragment.name].ds_tensor.numel()
             assert own >= fragment.numel, f"{fragment.name}: not partitioned like the student's"
 
-    def forward(self, *inputs: Any) -> Tensor:
+    def forward(self, *inputs: Any) -> Any:
         """The network's result."""
-        result: Tensor = distributed.guarded(lambda: self._engine(*inputs))
-        return result
+        return distributed.guarded(lambda: self._engine(*inputs))
 
     def publish(self, average: Sequence[Tensor]) -> None:
         """Write the shards into the partitions."""

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dinoscale.models.heads import DinoHead
-from dinoscale.models.network import DinoNetwork, PatchNetwork
+from dinoscale.models.network import DinoNetwork, TokenNetwork
 from dinoscale.models.stochastic_depth import stochastic_depth_keep
 from dinoscale.models.zoo import build_backbone
 
@@ -78,6 +78,8 @@ def test_all_patches_are_shown_where_wanted_and_change_nothing_else() -> None:
         torch.testing.assert_close(shown, kept[1].shown[name])
     _, patches = network.backbone([images], masks=masks, all_patches=True)
     torch.testing.assert_close(kept[1].shown["every"], patches)
-    unmasked = PatchNetwork(network.backbone)(images)
-    torch.testing.assert_close(unmasked, network.backbone.features(images)[:, 1:])
+    tokens, unmasked = TokenNetwork(network.backbone)(images)
+    features = network.backbone.features(images)
+    torch.testing.assert_close(tokens, features[:, 0])
+    torch.testing.assert_close(unmasked, features[:, 1:])
     assert network(crops, None, _Kept(wants_patches=True), None, None) == 111
