@@ -10,6 +10,7 @@ FORMAT = 2
 _PHASE = re.compile(r"[0-9]+_[a-z0-9_]+")  # names of folders, as `config.phases` gives them
 MASTER, EMA = "master", "ema"
 GRAM = "gram"  # of the backbone's tensors alone, where there is a Gram network
+ANCHOR = "anchor"  # likewise, where there is an anchor
 STATE_FILE, SHARED_FILE, SUMS_FILE = "state.json", "shared.safetensors", "SHA256SUMS"
 MEASURED_FILE = "measured.json"
 INDEX_FILE, SHARD_PREFIX = "shards.index", "shard_"

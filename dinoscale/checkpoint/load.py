@@ -15,6 +15,7 @@ from torch import Tensor
 from dinoscale.checkpoint.checksums import read_sums, verify
 from dinoscale.checkpoint.index import ShardIndex, index_from_bytes, index_of_headers
 from dinoscale.checkpoint.layout import (
+    ANCHOR,
     EMA,
     FORMAT,
     GRAM,
@@ -229,11 +230,18 @@ class Checkpoint:
         refreshes: int | None = self.state.get("gram_refreshes")  # older versions saved none
         return refreshes
 
+    @property
+    def has_anchor(self) -> bool:
+        """Whether the weights of an anchor are here."""
+        return bool(self.state.get("anchor", False))  # older versions saved none
+
     def _require_elements(self) -> None:
         of_backbone = {n: s for n, s in self.shapes.items() if n.startswith("backbone.")}
         kinds = {MASTER: self.shapes, EMA: self.shapes}
         if self.gram_refreshes is not None:
             kinds[GRAM] = of_backbone
+        if self.has_anchor:
+            kinds[ANCHOR] = of_backbone
         for kind, shapes in kinds.items():
             for name, shape in shapes.items():
                 found = self._index.numel(f"{kind}/{name}")
@@ -257,6 +265,8 @@ def _check_state(state: dict[str, Any]) -> None:
         raise ValueError(f"{STATE_FILE} names two different steps")
     if type(state.get("gram_refreshes", 0)) not in (int, type(None)):
         raise ValueError(f"{STATE_FILE} needs a whole number of refreshes of the Gram network")
+    if type(state.get("anchor", False)) is not bool:
+        raise ValueError(f"{STATE_FILE} needs to say whether there is an anchor, true or false")
     if not all(type(size) is int and size >= 0 for size in sizes):
         raise ValueError(f"{STATE_FILE} holds an invalid shape")
 

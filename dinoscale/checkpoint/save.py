@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dinoscale.checkpoint.checksums import flushed_sum, seal
 from dinoscale.checkpoint.layout import (
+    ANCHOR,
     EMA,
     FORMAT,
     GRAM,
@@ -107,7 +108,7 @@ class Saver:
         Args:
             step: optimizer steps done.
             student: weights and moments.
-            teacher: average, center and Gram network.
+            teacher: average, center, Gram network and anchor.
             about: JSON-able facts to store: config, plan, versions, progress.
             since: `time.perf_counter()` when training paused for it; None for now.
 
@@ -202,6 +203,8 @@ class Saver:
         gram = teacher.gram
         if gram is not None and gram.refreshes is not None:
             kinds[GRAM] = gram.backbone.own
+        if teacher.anchor is not None:
+            kinds[ANCHOR] = teacher.anchor.own
         for kind, views in kinds.items():
             for fragment, view in zip(student.layout.fragments, views, strict=True):
                 starts[fragment.name] = fragment.start
@@ -216,6 +219,7 @@ class Saver:
                 "shapes": student.shapes,
                 "optimizer_steps": student.optimizer_steps(),
                 "gram_refreshes": None if gram is None else gram.refreshes,
+                "anchor": teacher.anchor is not None,
                 **about,
             }
             live = shared_tensors(student, teacher)

@@ -28,7 +28,12 @@ from dinoscale.config.sections.fields import (
 )
 from dinoscale.config.sections.guard import GuardConfig
 from dinoscale.config.sections.monitoring import CheckpointConfig, EvalConfig, LogConfig
-from dinoscale.config.sections.objectives import GramConfig, IbotConfig, KoleoConfig
+from dinoscale.config.sections.objectives import (
+    AnchorConfig,
+    GramConfig,
+    IbotConfig,
+    KoleoConfig,
+)
 from dinoscale.config.sections.training import (
     REPLACED,
     CurveConfig,
@@ -167,6 +172,7 @@ class RunConfig(Section):
     ibot: IbotConfig = Field(default_factory=IbotConfig)
     koleo: KoleoConfig = Field(default_factory=KoleoConfig)
     gram: GramConfig = Field(default_factory=GramConfig)
+    anchor: AnchorConfig = Field(default_factory=AnchorConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     schedules: SchedulesConfig = Field(default_factory=SchedulesConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -374,6 +380,13 @@ class RunConfig(Section):
         mistakes = _not_whole(sizes, patch)
         if self.ibot.loss_weight:
             mistakes += self.ibot.mistakes(size=crops.global_size, patch_size=patch)
+        subsets = self.model.drop_path_mode == "subset" and self.model.drop_path_rate > 0
+        if self.anchor.counts and subsets and crops.global_size == sizes.get("crops.local_size"):
+            mistakes.append(
+                f"crops.local_size: {crops.local_size} px are also the side of the global crops, "
+                "and subsets (model.drop_path_mode) are drawn from both, which the anchor does not "
+                "see; give another size, or set model.drop_path_mode=per_image"
+            )
         return mistakes
 
     def _mixture_mistakes(self) -> list[str]:
@@ -404,7 +417,7 @@ class RunConfig(Section):
                 f"{key}.loss_weight: {RESNET50} has no tokens, need 0.0"
                 for key in ("ibot", "koleo", "gram")
                 if getattr(self, key).loss_weight
-            ]
+            ] + [f"{key}: {RESNET50} has no tokens, need 0.0" for key in self.anchor.weights]
         if not (self.dino.loss_weight or self.ibot.loss_weight):
             mistakes.append("dino.loss_weight: nothing to learn, ibot.loss_weight is 0, too")
         if self.patch_head is not None and not self.ibot.loss_weight:
@@ -419,6 +432,10 @@ class RunConfig(Section):
                 masks=self.ibot.loss_weight > 0,
                 continues=self.train.continue_from is not None,
             )
+        mistakes += self.anchor.mistakes(
+            begins_random=self.train.init_from is None and self.train.continue_from is None,
+            masked_share=self.ibot.masked_share if self.ibot.loss_weight else 0.0,
+        )
         return mistakes
 
     def _length_mistakes(self) -> list[str]:

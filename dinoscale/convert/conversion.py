@@ -76,6 +76,7 @@ RECIPE: dict[str, tuple[str, ...] | None] = {  # None: all of the section
         *("loss_weight", "refresh_every_steps", "first_refresh_step", "max_refreshes"),
         *("crop_size", "crop_colors", "tokens", "compare", "negatives"),
     ),
+    "anchor": None,
     "optim": None,
     "schedules": None,
     "data": ("images_per_epoch", "subset_size", "channels", "max_pixel_value", "mean", "std"),

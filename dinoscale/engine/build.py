@@ -20,6 +20,7 @@ from dinoscale.engine.student import Student, gather_whole_blocks
 from dinoscale.engine.teacher import Teacher
 from dinoscale.models.heads import DinoHead
 from dinoscale.models.network import DinoNetwork, TokenNetwork
+from dinoscale.models.resnet import ResNet50
 from dinoscale.models.rope import Rope
 from dinoscale.models.sync_bn import convert_sync_batch_norm
 from dinoscale.models.vit import VisionTransformer
@@ -67,9 +68,13 @@ def _configure_student(student: DinoNetwork, config: RunConfig) -> None:
     """Set the student's activation checkpointing and drop path mode."""
     student.backbone.checkpoint_every = config.engine.checkpoint_every_k_blocks
     student.backbone.recompute = config.engine.recompute
+    _set_drop_path(student.backbone, config)
+
+
+def _set_drop_path(backbone: VisionTransformer | ResNet50, config: RunConfig) -> None:
     if config.model.drop_path_mode == "subset":
-        student.backbone.subset_rate = config.model.drop_path_rate
-        student.backbone.subset_uniform = config.model.drop_path_uniform
+        backbone.subset_rate = config.model.drop_path_rate
+        backbone.subset_uniform = config.model.drop_path_uniform
 
 
 def _build_network(config: RunConfig) -> DinoNetwork:
@@ -153,26 +158,30 @@ def build_pair(
     """
     student_network, writes = build_on_meta(lambda: _build_network(config))
     with torch.device("meta"):
-        teacher_network, gram_network = _build_network(config), _gram_network(config)
+        teacher_network = _build_network(config)
+        gram_network = _token_network(config) if config.gram.loss_weight else None
+        anchor_network = _token_network(config) if config.anchor.counts else None
     _configure_student(student_network, config)
-    networks = [student_network, teacher_network, *([gram_network] if gram_network else ())]
+    networks = student_network, teacher_network, gram_network, anchor_network
     _compile_blocks(networks, config, plan)
     if config.engine.zero_stage == 3:
-        gather_whole_blocks(*networks)
+        gather_whole_blocks(*(network for network in networks if network is not None))
     heartbeat()
     initial = initial_values(config, writes, init_from) if values else _zeros(writes)
     student = Student(student_network, config, plan, _beating(initial, heartbeat))
     heartbeat()
-    gram = None
+    gram = anchor = None
     if gram_network is not None:
         gram = GramNetwork(FrozenBackbone(gram_network, student, config, plan), config.gram)
-    return student, Teacher(teacher_network, student, config, plan, gram)
+    if anchor_network is not None:
+        _set_drop_path(anchor_network.backbone, config)  # as the student's, see frozen/anchor.py
+        anchor = FrozenBackbone(anchor_network, student, config, plan)
+        anchor.take(student.master)
+    return student, Teacher(teacher_network, student, config, plan, gram, anchor)
 
 
-def _gram_network(config: RunConfig) -> TokenNetwork | None:
-    """A backbone of the run's architecture, if its loss has a Gram term."""
-    if not config.gram.loss_weight:
-        return None
+def _token_network(config: RunConfig) -> TokenNetwork:
+    """A backbone of the run's architecture."""
     backbone = _local_network(config).backbone
     assert isinstance(backbone, VisionTransformer)  # others have no patches, and are refused
     return TokenNetwork(backbone)
@@ -222,12 +231,12 @@ def _zeros(writes: Sequence[Write]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _compile_blocks(
-    networks: Sequence[DinoNetwork | TokenNetwork], config: RunConfig, plan: RunPlan
+    networks: Sequence[DinoNetwork | TokenNetwork | None], config: RunConfig, plan: RunPlan
 ) -> None:
     """Compile the blocks for a micro-batch's crops of each size; `auto` does so on a GPU only.
 
     Args:
-        networks: student, teacher and, if there is one, the Gram network.
+        networks: student, teacher, Gram network and anchor, None for one that is not there.
         config: of the run.
         plan: of the run.
     """
@@ -235,20 +244,20 @@ def _compile_blocks(
     if wanted is False or (wanted == "auto" and not torch.cuda.is_available()):
         return
     of_sizes = [_forwards(run, images=plan.micro_batch_size) for run in config.of_sizes]
-    for network, forwards in zip(networks, zip(*of_sizes, strict=True), strict=False):
-        backbone = network.backbone
+    for network, forwards in zip(networks, zip(*of_sizes, strict=True), strict=True):
+        backbone = None if network is None else network.backbone
         if isinstance(backbone, VisionTransformer):
             backbone.compiled_for = frozenset(backbone.layout_of(crops) for crops in forwards)
 
 
 def _forwards(config: RunConfig, *, images: int) -> tuple[list[tuple[int, int]], ...]:
-    """Crops of a micro-batch that student, teacher and Gram network see, as (number, side)."""
+    """Crops of a micro-batch that each of the networks sees, as (number, side)."""
     crops = config.crops
     of_teacher = [(2 * images, crops.global_size)]
     of_student = list(of_teacher)
     if crops.num_local:
         of_student.append((crops.num_local * images, crops.local_size))
-    return of_student, of_teacher, [(2 * images, crop_size_of(config))]
+    return of_student, of_teacher, [(2 * images, crop_size_of(config))], of_teacher
 
 
 def loss_weights_of(config: RunConfig) -> LossWeights:
@@ -267,6 +276,9 @@ def loss_weights_of(config: RunConfig) -> LossWeights:
         gram_per_crop=config.gram.compare == "within_crops",
         gram_negatives=config.gram.negatives,
         gram_tokens=config.gram.tokens,
+        anchor_class=config.anchor.class_weight,
+        anchor_patch=config.anchor.patch_weight,
+        unmasked_share=1 - config.ibot.masked_share if config.ibot.loss_weight else 1.0,
     )
 
 

@@ -100,6 +100,7 @@ class StepFlops:
         student_head: forward of the heads over all crops and the masked patches.
         student_backward: backward of backbone and heads over all crops.
         gram: forward of the Gram network; products of similarities are left out, 1 % of it or less.
+        anchor: forward of the anchor.
     """
 
     teacher_backbone: int
@@ -109,6 +110,7 @@ class StepFlops:
     student_head: int
     student_backward: int
     gram: int = 0
+    anchor: int = 0
 
     @property
     def teacher(self) -> int:
@@ -123,7 +125,8 @@ class StepFlops:
     @property
     def total(self) -> int:
         """The whole step."""
-        return self.teacher + self.gram + self.student_forward + self.student_backward
+        frozen = self.gram + self.anchor
+        return self.teacher + frozen + self.student_forward + self.student_backward
 
 
 def step_flops(
@@ -143,6 +146,7 @@ def step_flops(
     block_weights: int | None = None,
     patch_head: int = 0,
     gram_size: int = 0,
+    anchor: bool = False,
 ) -> StepFlops:
     """FLOPs of a step of DINO per image: the teacher sees two crops, the student 2 + num_local.
 
@@ -162,6 +166,7 @@ def step_flops(
         block_weights: scalars in the matrices of a block, None for a plain one.
         patch_head: forward of the head of the patch tokens over the masked patches of an image.
         gram_size: side of the Gram network's two crops in pixels; 0 without one.
+        anchor: whether there is an anchor, which sees the global crops.
     """
     head = head_forward_flops(
         in_dim=embed_dim,
@@ -200,4 +205,5 @@ def step_flops(
         student_head=student_head,
         student_backward=sum(backward) + 2 * student_head,
         gram=forward[2],
+        anchor=forward[0] if anchor else 0,
     )

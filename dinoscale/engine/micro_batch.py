@@ -1,8 +1,10 @@
 """A micro-batch: its crops, its targets, and its loss, a weighted sum of leaves of `losses/`.
 
     L = w_dino DINO + w_ibot iBOT + w_koleo sum over both views of KoLeo + w_gram Gram
+        + w_class Anchor of class tokens + w_patch Anchor of patches
 
-DINO's terms of local crops have a scheduled weight besides.
+DINO's terms of local crops have a scheduled weight besides. The anchor's terms are means over the
+global crops of which nothing is masked: masked ones are other pictures than the anchor sees.
 
 It is computed inside the student's forward, where ZeRO has gathered the prototypes, so all terms
 come out of one engine forward. Shape letters as in `engine/step.py`; M masked patches.
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dinoscale.data.augmentation.masks import Masks
+from dinoscale.losses.anchor import anchor_distances
 from dinoscale.losses.dino import dino_loss_of_prototypes
 from dinoscale.losses.gram import Negatives, gram_loss
 from dinoscale.losses.ibot import PatchTargets, patch_loss_of_prototypes
@@ -48,6 +51,19 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
+class AnchorTargets:
+    """What the anchor finds in the global crops, through the final norm.
+
+    Attributes:
+        classes: class tokens (2 * B, D).
+        patches: patch tokens (2 * B, P, D).
+    """
+
+    classes: Tensor
+    patches: Tensor
+
+
+@dataclass(frozen=True)
 class Targets:
     """What the teacher gives the student of one micro-batch.
 
@@ -56,11 +72,13 @@ class Targets:
         patches: from which those of the masked patches are computed; None without masks.
         gram: patch features of the Gram network on the student's grid (2 * B, P, D); None without
             one, and in steps whose Gram weight is 0.
+        anchor: features of the anchor; None without one.
     """
 
     class_probs: Tensor
     patches: PatchTargets | None = None
     gram: Tensor | None = None
+    anchor: AnchorTargets | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +95,9 @@ class LossWeights:
         gram_per_crop: whether patches are compared within crops, else across those of a pass.
         gram_negatives: as in `gram_loss`.
         gram_tokens: which patches are compared.
+        anchor_class: of the anchor's distances of class tokens.
+        anchor_patch: of those of patches.
+        unmasked_share: share of the global crops in which no patch is masked, above 0.
     """
 
     student_temp: float
@@ -92,12 +113,16 @@ class LossWeights:
     gram_per_crop: bool = True
     gram_negatives: Negatives = "kept"
     gram_tokens: Literal["all", "masked", "unmasked"] = "all"
+    anchor_class: float = 0.0
+    anchor_patch: float = 0.0
+    unmasked_share: float = 1.0
 
     @property
     def terms(self) -> tuple[str, ...]:
         """Names of what `MicroBatchLoss.terms` holds beside the sum, in order."""
+        others = self.ibot, self.koleo, self.gram, self.anchor_class, self.anchor_patch
         names = []
-        if self.ibot or self.koleo or self.gram or self.dino != 1 or self.local_is_scheduled:
+        if any(others) or self.dino != 1 or self.local_is_scheduled:
             names += ["dino_loss", "dino_global_loss"]
         if self.ibot:
             names += ["ibot_loss", "patch_entropy"]
@@ -105,6 +130,10 @@ class LossWeights:
             names += ["koleo_loss", "koleo_distance"]
         if self.gram:
             names += ["gram_loss"]
+        if self.anchor_class:
+            names += ["anchor_class_loss"]
+        if self.anchor_patch:
+            names += ["anchor_patch_loss"]
         return tuple(names)
 
 
@@ -116,7 +145,8 @@ class MicroBatchLoss:
             `dino_global_loss`, the part of `dino_loss` between two global crops, so that the rest
             is that of local crops, before its weight, too; `patch_entropy`, the mean of the patch
             targets' entropies in nats; `koleo_distance`, the mean distance to the nearest class
-            tokens; `gram_loss`, 0 until there is a Gram network and while its weight is 0.
+            tokens; `gram_loss`, 0 until there is a Gram network and while its weight is 0;
+            `anchor_class_loss` and `anchor_patch_loss`.
         patch_target_sum: after the forward, sum of the patch targets (K,); None without masks.
     """
 
@@ -140,7 +170,7 @@ class MicroBatchLoss:
         """
         self._targets, self._weights, self._masks = targets, weights, masks
         self._local_weight, self._gram_weight = local_weight, gram_weight
-        self.wants_patches = targets.gram is not None
+        self.wants_patches = targets.gram is not None or weights.anchor_patch > 0
         self.terms: dict[str, Tensor] = {}
         if weights.gram:
             self.terms["gram_loss"] = targets.class_probs.new_zeros(())
@@ -163,9 +193,29 @@ class MicroBatchLoss:
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
     def of_class_tokens(self, tokens: Tensor) -> Tensor | None:
-        """KoLeo of the global crops among the class tokens (S * B, D), weighted."""
-        if not self._weights.koleo:
-            return None
+        """KoLeo and anchor of the global crops among the class tokens (S * B, D), weighted."""
+        parts = []
+        if self._weights.koleo:
+            parts.append(self._koleo(tokens))
+        if self._weights.anchor_class:
+            assert self._targets.anchor is not None
+            target = self._targets.anchor.classes
+            loss = self._anchor("anchor_class_loss", tokens[: len(target)], target)
+            parts.append(self._weights.anchor_class * loss)
+        return sum(parts[1:], parts[0]) if parts else None
+
+    def of_patches(self, tokens: Tensor) -> Tensor:
+        """Gram and anchor of the global crops' patch tokens (2 * B, P, D), weighted."""
+        parts = []
+        if self._targets.gram is not None:
+            parts.append(self._gram(tokens, self._targets.gram))
+        if self._weights.anchor_patch:
+            assert self._targets.anchor is not None
+            loss = self._anchor("anchor_patch_loss", tokens, self._targets.anchor.patches)
+            parts.append(self._weights.anchor_patch * loss)
+        return sum(parts[1:], parts[0])
+
+    def _koleo(self, tokens: Tensor) -> Tensor:
         views, images = self._targets.class_probs.shape[:2]
         of_views = tokens[: views * images].unflatten(0, (views, images))
         weights = self._weights
@@ -182,12 +232,11 @@ class MicroBatchLoss:
         self.terms |= {"koleo_loss": loss.detach(), "koleo_distance": distance}
         return weights.koleo * loss
 
-    def of_patches(self, tokens: Tensor) -> Tensor:
-        """Gram of the global crops' patch tokens (2 * B, P, D), masked ones included, weighted."""
-        assert self._targets.gram is not None
+    def _gram(self, tokens: Tensor, target: Tensor) -> Tensor:
+        """Gram of all patches, masked ones included, weighted."""
         loss = gram_loss(
             tokens,
-            self._targets.gram,
+            target,
             per_crop=self._weights.gram_per_crop,
             negatives=self._weights.gram_negatives,
             chosen=self._gram_patches(),
@@ -202,6 +251,16 @@ class MicroBatchLoss:
         assert self._masks is not None
         masked = self._masks.masks
         return masked if self._weights.gram_tokens == "masked" else ~masked
+
+    def _anchor(self, name: str, tokens: Tensor, target: Tensor) -> Tensor:
+        """The mean distance over the global crops of which nothing is masked, by its name."""
+        distances = anchor_distances(tokens, target)  # (2 * B,)
+        if self._masks is not None:
+            distances = distances.masked_fill(self._masks.masks.any(1), 0.0)
+        # By the recipe's number of them: a sum over micro-batches is then that over all images.
+        loss = distances.sum() / (len(distances) * self._weights.unmasked_share)
+        self.terms[name] = loss.detach()
+        return loss
 
     def _dino(self, x: Tensor, weight_v: Tensor, weight_g: Tensor | None, plain: bool) -> Tensor:
         loss, unweighted, of_global = dino_loss_of_prototypes(

@@ -68,6 +68,8 @@ class Dims:
         subset_rate: rate of stochastic depth at which dropped branches are not computed; 0 where
             all are.
         subset_uniform: whether it is the rate of all blocks, or rises linearly to the last.
+        anchor: whether there is an anchor.
+        anchored_patches: whether patches are compared with it.
         mixture: with sizes that differ from step to step, of which these are the largest: the
             share of the steps and the counts of each; empty with one size.
     """
@@ -99,6 +101,8 @@ class Dims:
     gram_size: int = 0
     subset_rate: float = 0.0
     subset_uniform: bool = False
+    anchor: bool = False
+    anchored_patches: bool = False
     mixture: tuple[tuple[float, "Dims"], ...] = ()
 
     @property
@@ -141,6 +145,11 @@ class Dims:
     def global_patches(self) -> int:
         """Patches of the global crops of an image."""
         return NUM_GLOBAL * (self.global_size // self.patch_size) ** 2
+
+    @property
+    def frozen_networks(self) -> int:
+        """Backbones beside student and teacher: Gram network and anchor."""
+        return bool(self.gram_size) + self.anchor
 
     @property
     def gram_tokens(self) -> int:
@@ -224,6 +233,8 @@ def _dims_of_size(config: RunConfig, network: DinoNetwork) -> Dims:
         gram_size=crop_size_of(config) if config.gram.loss_weight else 0,
         subset_rate=model.drop_path_rate if model.drop_path_mode == "subset" else 0.0,
         subset_uniform=model.drop_path_uniform,
+        anchor=config.anchor.counts,
+        anchored_patches=config.anchor.patch_weight > 0,
     )
 
 
@@ -337,4 +348,5 @@ def _flops_of_size(dims: Dims) -> StepFlops:
         block_weights=dims.block_matrices,
         patch_head=round(dims.patches.masked * of_patch),
         gram_size=dims.gram_size,
+        anchor=dims.anchor,
     )

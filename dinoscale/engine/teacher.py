@@ -22,7 +22,9 @@ from torch import Tensor
 from dinoscale.config.resolve import RunPlan
 from dinoscale.config.schema import RunConfig
 from dinoscale.engine.ds_config import teacher_config
+from dinoscale.engine.frozen.anchor import anchor_targets
 from dinoscale.engine.frozen.gram import GramNetwork
+from dinoscale.engine.frozen.network import FrozenBackbone
 from dinoscale.engine.frozen.weights import Partitioned, Replicated
 from dinoscale.engine.gradients import compute_device
 from dinoscale.engine.micro_batch import MicroBatch, Targets
@@ -122,6 +124,7 @@ class Teacher:
         center: c of the class tokens, (K,) float32, equal on all ranks.
         patch_center: c of the masked patches, likewise; None without a patch loss.
         gram: the network whose patches anchor the student's; None without a Gram loss.
+        anchor: the network as the run began; None without an anchor.
         mean_target: (K,) float32, mean of all class targets of the last step, equal on all ranks.
         mean_patch_target: the same of the patch targets; None without a patch loss.
     """
@@ -133,6 +136,7 @@ class Teacher:
         config: RunConfig,
         plan: RunPlan,
         gram: GramNetwork | None = None,
+        anchor: FrozenBackbone | None = None,
     ) -> None:
         """Start as a copy of the student.
 
@@ -142,8 +146,9 @@ class Teacher:
             config: of the run.
             plan: of the run.
             gram: an earlier teacher, which the average refreshes.
+            anchor: the network as the run began, which nothing changes.
         """
-        self.gram = gram
+        self.gram, self.anchor = gram, anchor
         # A rank without a fragment has shards all the same, on the student's device.
         students = (*student.flats, *student.master)
         device = students[0].device if students else compute_device()
@@ -232,7 +237,8 @@ class Teacher:
                 units, weight_v, weight_g, center=self.patch_center, temp=temp, plain=plain
             )
         gram = self.gram.features(batch) if self.gram is not None and gram_counts else None
-        return Targets(probs.view(views, images, -1), patches, gram)
+        anchor = None if self.anchor is None else anchor_targets(self.anchor, batch)
+        return Targets(probs.view(views, images, -1), patches, gram, anchor)
 
     def count_patch_targets(self, target_sum: Tensor | None) -> None:
         """Add the sum (K,) of a micro-batch's patch targets, which only the loss computes."""
@@ -351,10 +357,10 @@ class Teacher:
         self._weights.wait()
 
     def num_bytes(self) -> int:
-        """Bytes this rank holds: float32 shard, weights for the forward, and the Gram network."""
-        gram = 0 if self.gram is None else self.gram.backbone.num_bytes()
+        """Bytes this rank holds: float32 shard, weights for the forward, and frozen networks."""
+        frozen = (None if self.gram is None else self.gram.backbone, self.anchor)
         shards = sum(4 * size for size in self.layout.shard_sizes)
-        return shards + self._weights.num_bytes() + gram
+        return shards + self._weights.num_bytes() + sum(n.num_bytes() for n in frozen if n)
 
 
 def _sinkhorn_center(seen: Iterable[_Projected], temp: float) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dinoscale.checkpoint.checksums import difference, first_difference, matches, read_sums
 from dinoscale.checkpoint.layout import (
+    ANCHOR,
     EMA,
     GRAM,
     MASTER,
@@ -272,7 +273,7 @@ def require_same_run(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) -
 
     Raises:
         ConfigError: the seed, the mixture of sizes, the images per step or the number of images
-            drawn differ.
+            drawn differ, or there is an anchor now and was none.
     """
     saved_config, saved_plan = checkpoint.state["config"], checkpoint.state["plan"]
     pairs = {
@@ -298,6 +299,12 @@ def require_same_run(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) -
                 " crops or schedules of the steps depend on it, so this run cannot resume with it."
                 " Restore the old value, or start a new run with another run_dir"
             )
+    if config.anchor.counts and not checkpoint.has_anchor:
+        raise ConfigError(
+            f"{next(iter(config.anchor.weights))}: {checkpoint.path} has no anchor, which is the"
+            " network as the run began; set it to 0.0, or start a new run with another run_dir and"
+            f" train.continue_from={checkpoint.path}"
+        )
     if distributed.rank() != 0:
         return
     defaults = RunConfig().model_dump(mode="json")  # of settings newer than the checkpoint
@@ -434,7 +441,9 @@ def restore(
     *,
     image_size: int | None = None,
 ) -> None:
-    """Restore student, optimizer, teacher, Gram network and center, at any world size and stage.
+    """Restore student, optimizer, teacher and what it compares with, at any ranks and stage.
+
+    An anchor that the checkpoint does not have begins as the student of the checkpoint.
 
     Args:
         checkpoint: of this run, or of another one with the same network.
@@ -471,6 +480,10 @@ def restore(
     teacher.restore(partial(read, EMA))
     if teacher.gram is not None:
         teacher.gram.restore(partial(read, GRAM), checkpoint.gram_refreshes)
+    if teacher.anchor is not None and checkpoint.has_anchor:
+        teacher.anchor.restore(partial(read, ANCHOR))
+    elif teacher.anchor is not None:
+        teacher.anchor.take(student.master)
     for name, value in live.items():
         value.copy_(checkpoint.shared[name])
 

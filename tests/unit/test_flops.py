@@ -160,6 +160,20 @@ def test_the_gram_network_is_a_forward_more() -> None:
     assert flops.total == _computed(num_local=2).total + flops.gram
 
 
+def test_the_anchor_is_a_forward_more_over_the_global_crops() -> None:
+    values = {
+        "model": {**VIT, "num_heads": 2},
+        "head": HEAD,
+        "crops": {"global_size": 32, "local_size": 16, "num_local": 2},
+        "eval": {"crop": 32, "resize": 32},
+        "anchor": {"class_weight": 1.0},
+        "train": {"init_from": "w.pth"},
+    }
+    flops = flops_of(dims_of(parse_config(values)))
+    assert flops.anchor == flops.teacher_backbone
+    assert flops.total == _computed(num_local=2).total + flops.anchor
+
+
 def test_vit_s16_at_224_pixels_takes_the_published_number_of_products() -> None:
     """Touvron et al. 2021 give 4.6 G multiply-adds for DeiT-S; two FLOPs each."""
     small = {"num_patches": 196, "patch_size": 16, "embed_dim": 384, "depth": 12}

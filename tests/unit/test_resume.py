@@ -219,6 +219,20 @@ def test_a_resume_warns_where_koleo_has_other_images(
     assert koleo_caution(parse_config(sections), plan, plan_then) is None
 
 
+def test_an_anchor_that_was_not_there_is_refused() -> None:
+    anchor = {"anchor": {"class_weight": 1.0}, "train": {"batch_size": 8, "init_from": "w.pth"}}
+    now = parse_config(anchor)
+    plan = resolve(now, world_size=1, num_images=40)
+    state = {"config": now.model_dump(mode="json"), "plan": asdict(plan)}
+    saved: Any = SimpleNamespace(path=Path("step_00000004"), state=state, has_anchor=False)
+    for key in ("source_sizes", "quotas"):
+        state["plan"][key] = list(state["plan"][key])  # as JSON has it
+    with pytest.raises(ConfigError, match=r"^anchor.class_weight: step_00000004 has no anchor"):
+        require_same_run(saved, now, plan)
+    saved.has_anchor = True
+    require_same_run(saved, now, plan)
+
+
 class _Gram:
     """A Gram network without weights, or with those of another run."""
 

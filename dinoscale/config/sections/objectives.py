@@ -139,6 +139,58 @@ class KoleoConfig(Section):
         return self
 
 
+class AnchorConfig(Section):
+    """Features of the student stay near those of the network as the run began, the anchor.
+
+    Each term is the mean of 1 - cosine over the global crops of which nothing is masked, and 0 in
+    the first step. The anchor sees these crops as the student does, with its stochastic depth and
+    its changes of rotary coordinates.
+    """
+
+    class_weight: PositiveOrZero = Field(
+        default=0.0,
+        description="Weight of the distances of class tokens after the final norm; 0: none. The "
+        "anchor begins as train.init_from, or as that of train.continue_from, else as that run's "
+        "student; then it is in the checkpoints. [D].",
+    )
+    patch_weight: PositiveOrZero = Field(
+        default=0.0,
+        description="Weight of the distances of patch tokens, a mean over patches; 0: none. With "
+        "both 0 there is no anchor. [D].",
+    )
+
+    @property
+    def counts(self) -> bool:
+        """Whether there is an anchor."""
+        return bool(self.class_weight or self.patch_weight)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Those that are not 0, by key."""
+        found = {"class_weight": self.class_weight, "patch_weight": self.patch_weight}
+        return {f"anchor.{key}": weight for key, weight in found.items() if weight}
+
+    def mistakes(self, *, begins_random: bool, masked_share: float) -> list[str]:
+        """What does not go together.
+
+        Args:
+            begins_random: whether the run begins with random weights.
+            masked_share: share of the global crops that are masked.
+        """
+        mistakes = []
+        if begins_random:
+            mistakes.append(
+                "the run begins with random weights, near which nothing should stay; give "
+                "train.init_from or train.continue_from, or set it to 0.0"
+            )
+        if masked_share == 1:
+            mistakes.append(
+                "the anchor looks at global crops that are not masked, and ibot.mask_prob masks "
+                "all of them; lower that, or set it to 0.0"
+            )
+        return [f"{key}: {text}" for key in self.weights for text in mistakes]
+
+
 class GramConfig(Section):
     """Gram anchoring: similarities of the student's patches follow those of an earlier teacher.
 

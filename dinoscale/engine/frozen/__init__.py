@@ -1,1 +1,1 @@
-"""Networks without a gradient: the weights of a teacher's forward, the Gram network."""
+"""Networks without a gradient: the weights of a teacher's forward, Gram network and anchor."""

@@ -95,13 +95,13 @@ def _gathers(dims: Dims, setup: Setup) -> list[Transfer]:
         sent = times * (group - 1) / group * dims.parameters * setup.weight_bytes
         if times:
             found.append(Transfer(what, "all-gather", group, times, sent, prefetches))
-    if dims.gram_size:  # gathered in each pass; frozen, so with groups the node's copy stays
+    # Gathered in each pass; frozen, so with groups the node's copy stays.
+    for what, is_there in (("Gram network's", dims.gram_size), ("anchor's", dims.anchor)):
         group = ranks if of_node == 1 else of_node
         times = setup.accumulation_steps
         sent = times * (group - 1) / group * dims.backbone * setup.weight_bytes
-        found.append(
-            Transfer("Gram network's weights", "all-gather", group, times, sent, prefetches)
-        )
+        if is_there:
+            found.append(Transfer(f"{what} weights", "all-gather", group, times, sent, prefetches))
     return found
 
 

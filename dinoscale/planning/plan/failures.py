@@ -81,7 +81,7 @@ def durability(
         restart: the other costs of a failure.
     """
     saved = FP32 * (2 + setup.moments) * dims.parameters  # master weights, EMA and moments
-    saved += FP32 * dims.backbone if dims.gram_size else 0  # the Gram network
+    saved += FP32 * dims.backbone * dims.frozen_networks
     write_s = saved / storage
     build_s = dims.parameters / WEIGHTS_DRAWN_PER_S
     failures = FAILURES_PER_GPU_DAY * setup.world_size

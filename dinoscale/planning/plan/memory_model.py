@@ -68,7 +68,7 @@ def persistent(dims: Dims, setup: Setup) -> Terms:
     summed = 2 if setup.bf16 and not setup.sums_in_fp32 else FP32
     parts = ranks if stage == 3 else 1
     average, forward = FP32 * weights / ranks, s * weights / parts
-    anchor = s * dims.backbone / parts if dims.gram_size else 0  # the Gram network
+    frozen = s * dims.backbone / parts * dims.frozen_networks
     if setup.offload_optimizer:
         states = average = 0
     return {
@@ -79,7 +79,7 @@ def persistent(dims: Dims, setup: Setup) -> Terms:
         # center, sums, mean target
         "teacher": average
         + forward
-        + anchor
+        + frozen
         + 4 * FP32 * (dims.prototypes + dims.patches.prototypes),
         "activations": _crops(dims, setup) if setup.on_gpu else 0,
         "buffers": setup.communication_bytes * setup.reduce_bucket_size if stage == 3 else 0,
@@ -95,6 +95,8 @@ def _moments(dims: Dims, setup: Setup) -> dict[str, Terms]:
     return {
         "teacher forward": _sum(accumulated, in_forward, _teacher_forward(dims, setup)),
         "Gram forward": _sum(accumulated, in_forward, _gram_forward(dims, setup)),
+        "anchor forward": _sum(accumulated, in_forward, _anchor_forward(dims, setup)),
+        "anchor loss": _sum(accumulated, in_forward, _anchor_loss(dims, setup)),
         "Gram loss": _sum(accumulated, in_forward, _gram_loss(dims, setup)),
         "loss": _sum(accumulated, in_forward, _loss(dims, setup)),
         "loss of patches": _sum(accumulated, in_forward, _patch_loss(dims, setup)),
@@ -229,6 +231,64 @@ def _gram_features(dims: Dims, setup: Setup) -> float:
     return size * setup.micro_batch_size * dims.global_patches * dims.embed_dim
 
 
+def _anchor_forward(dims: Dims, setup: Setup) -> Terms:
+    """The anchor's widest layer over the global crops, once the other targets are there."""
+    if not dims.anchor:
+        return {}
+    s, images = setup.weight_bytes, setup.micro_batch_size
+    pixels = s * images * dims.global_pixels if setup.bf16 else 0
+    inputs = 2 * s * images * dims.global_tokens * dims.embed_dim  # of the block and of its MLP
+    return {
+        "activations": pixels + inputs + _widest(dims, setup, tokens=dims.global_tokens),
+        "loss": _targets(dims, setup) + _gram_features(dims, setup),
+        "buffers": _gathered(dims, setup, during="teacher"),
+    }
+
+
+def _anchor_kept(dims: Dims, setup: Setup) -> float:
+    """What the anchor's loss keeps for the backward: the difference of unit vectors.
+
+    Beside it the student's patches before and after the norm, the latter in float32 too.
+    """
+    if not dims.anchored_patches:
+        return 0
+    scalars = setup.micro_batch_size * dims.global_patches * dims.embed_dim
+    own = 2 * setup.weight_bytes + (FP32 if setup.bf16 else 0)
+    return scalars * (FP32 + own)
+
+
+def _anchor_features(dims: Dims, setup: Setup) -> float:
+    """Those of the anchor, until the student's forward has ended."""
+    if not dims.anchor:
+        return 0
+    return setup.weight_bytes * setup.micro_batch_size * dims.global_patches * dims.embed_dim
+
+
+def _anchor_loss(dims: Dims, setup: Setup) -> Terms:
+    """All activations but the head's, the unit vectors of both sides, and squared differences."""
+    if not dims.anchored_patches:
+        return {}
+    scalars = setup.micro_batch_size * dims.global_patches * dims.embed_dim
+    return {
+        "activations": saved_by_blocks(dims, setup, blocks=dims.depth),
+        "loss": _targets(dims, setup)
+        + _features(dims, setup)
+        + _kept(dims, setup)
+        + 3 * FP32 * scalars,
+        "buffers": _gathered(dims, setup, during="forward"),
+    }
+
+
+def _features(dims: Dims, setup: Setup) -> float:
+    """Those of the frozen networks."""
+    return _gram_features(dims, setup) + _anchor_features(dims, setup)
+
+
+def _kept(dims: Dims, setup: Setup) -> float:
+    """What the losses of patch features keep for the backward."""
+    return _gram_kept(dims, setup) + _anchor_kept(dims, setup)
+
+
 def _gram_loss(dims: Dims, setup: Setup) -> Terms:
     """All activations but the head's, and two chunks of similarities."""
     if not dims.gram_size:
@@ -237,8 +297,8 @@ def _gram_loss(dims: Dims, setup: Setup) -> Terms:
     return {
         "activations": saved_by_blocks(dims, setup, blocks=dims.depth),
         "loss": _targets(dims, setup)
-        + _gram_features(dims, setup)
-        + _gram_kept(dims, setup)
+        + _features(dims, setup)
+        + _kept(dims, setup)
         + 2 * FP32 * min(gram.CHUNK, similarities),
         "buffers": _gathered(dims, setup, during="forward"),
     }
@@ -255,10 +315,7 @@ def _loss(dims: Dims, setup: Setup) -> Terms:
     return {
         "activations": activations(dims, setup) + cast,
         "gradients": setup.weight_bytes * _prototype_scalars(dims),
-        "loss": _targets(dims, setup)
-        + chunk
-        + _gram_features(dims, setup)
-        + _gram_kept(dims, setup),
+        "loss": _targets(dims, setup) + chunk + _features(dims, setup) + _kept(dims, setup),
         "buffers": _gathered(dims, setup, during="forward"),
     }
 
@@ -277,8 +334,8 @@ def _patch_loss(dims: Dims, setup: Setup) -> Terms:
         "loss": _targets(dims, setup)
         + prototypes
         + 3 * FP32 * min(CHUNK, logits)
-        + _gram_features(dims, setup)
-        + _gram_kept(dims, setup),
+        + _features(dims, setup)
+        + _kept(dims, setup),
         "buffers": copied + _gathered(dims, setup, during="forward"),
     }
 
@@ -289,7 +346,7 @@ def _start_of_backward(dims: Dims, setup: Setup) -> Terms:
         "activations": activations(dims, setup),
         "gradients": setup.weight_bytes
         * (_prototype_scalars(dims) + _patch_prototype_scalars(dims)),
-        "loss": _targets(dims, setup) + _gram_kept(dims, setup),
+        "loss": _targets(dims, setup) + _kept(dims, setup),
         "buffers": _bucket(setup) + _gathered(dims, setup, during="backward"),
     }
 

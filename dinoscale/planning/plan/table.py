@@ -38,14 +38,18 @@ def text_of_phases(plan: dict[str, Any]) -> str:
 def _head(plan: dict[str, Any]) -> list[str]:
     counts, flops = plan["parameters"], plan["flops_per_image"]
     giga = {name: f"{value / 1e9:.1f}" for name, value in flops.items()}
-    gram = f" + Gram network {giga['gram']}" if flops["gram"] else ""
+    frozen = "".join(
+        f" + {name} {giga[key]}"
+        for key, name in (("gram", "Gram network"), ("anchor", "anchor"))
+        if flops[key]
+    )
     return [
         f"{plan['backbone']} on {plan['gpus']} x {plan['gpu']}, {_gb(plan['gpu_memory_bytes'])} GB"
         f" each, {plan['precision']}",
         f"weights: {_million(counts['total'])} M = backbone {_million(counts['backbone'])} M"
         f" + head {_million(counts['head'])} M; the teacher has as many",
         f"GFLOPs per image: {giga['total']} = teacher {giga['teacher_backbone']}"
-        f" + its head {giga['teacher_head']}{gram};"
+        f" + its head {giga['teacher_head']}{frozen};"
         f" student forward {giga['student_global']} global crops"
         f" + {giga['student_local']} local crops + {giga['student_head']} head;"
         f" backward {giga['student_backward']}",

@@ -126,6 +126,18 @@ def _plot_specs(record: Record) -> list[_PlotSpec]:
         _PlotSpec("koleo_distance", "distance to the nearest class token", noisy=True),
         _PlotSpec("gram_loss", "Gram loss, 0 while it does not count", noisy=True),
         _PlotSpec(
+            "anchor_class_loss",
+            "1 - cosine to the anchor's class tokens",
+            noisy=True,
+            from_zero=True,
+        ),
+        _PlotSpec(
+            "anchor_patch_loss",
+            "1 - cosine to the anchor's patch tokens",
+            noisy=True,
+            from_zero=True,
+        ),
+        _PlotSpec(
             "patch_entropy", "entropy of the patch targets, nats", noisy=True, from_zero=True
         ),
         _PlotSpec(

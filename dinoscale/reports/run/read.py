@@ -41,6 +41,8 @@ NUMBERS = (
     "koleo_loss",
     "koleo_distance",
     "gram_loss",
+    "anchor_class_loss",
+    "anchor_patch_loss",
     "lr",
     "weight_decay",
     "momentum",

@@ -554,6 +554,48 @@ def test_the_state_of_another_run_may_hold_the_gram_network() -> None:
     assert _config(gram=gram, train__continue_from="runs/first").gram.steps_without is None
 
 
+ANCHOR = {"class_weight": 1.0}
+
+
+def test_an_anchor_needs_weights_to_stay_near() -> None:
+    assert _messages(anchor={**ANCHOR, "patch_weight": 0.5}) == [
+        f"anchor.{key}: the run begins with random weights, near which nothing should stay; give "
+        "train.init_from or train.continue_from, or set it to 0.0"
+        for key in ("class_weight", "patch_weight")
+    ]
+    for key in ("init_from", "continue_from"):
+        assert _config(anchor=ANCHOR, train={key: "runs/first"}).anchor.counts
+
+
+def test_an_anchor_needs_crops_that_are_not_masked() -> None:
+    values = {"anchor": ANCHOR, "train": {"init_from": "w.pth"}, "ibot": {"loss_weight": 1.0}}
+    _config(**values)
+    values["ibot"] |= {"mask_prob": 1.0}
+    assert _messages(**values) == [
+        "anchor.class_weight: the anchor looks at global crops that are not masked, and "
+        "ibot.mask_prob masks all of them; lower that, or set it to 0.0"
+    ]
+
+
+def test_an_anchor_needs_subsets_of_the_global_crops_alone() -> None:
+    values = {
+        "anchor": ANCHOR,
+        "train": {"init_from": "w.pth"},
+        "model": {"drop_path_rate": 0.1, "drop_path_mode": "subset"},
+        "crops": {"global_size": 96, "local_size": 96},
+    }
+    (message,) = _messages(**values)
+    assert message.startswith("crops.local_size: 96 px are also the side of the global crops")
+    values["model"] |= {"drop_path_mode": "per_image"}
+    _config(**values)
+
+
+def test_resnet50_has_no_tokens_to_anchor() -> None:
+    assert "anchor.class_weight: resnet50 has no tokens, need 0.0" in _messages(
+        model={"backbone": "resnet50"}, anchor=ANCHOR
+    )
+
+
 def test_resnet50_has_no_patches_to_compare() -> None:
     gram = {"loss_weight": 1.0, "teacher": "w.pth"}
     assert "gram.loss_weight: resnet50 has no tokens, need 0.0" in _messages(
