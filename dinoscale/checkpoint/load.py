@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,7 @@ class Checkpoint:
         Raises:
             CheckpointError: some of them are in no file or cannot be read.
         """
+        kind = self._stored_as(kind, name)
         result = torch.empty(numel)
         values, found = result.numpy(), 0
         for first, count, file, offset in self._index.find(f"{kind}/{name}", start, start + numel):
@@ -180,7 +181,9 @@ class Checkpoint:
         pieces = [
             (file, offset, name, first, count)
             for name, values in whole.items()
-            for first, count, file, offset in self._index.find(f"{kind}/{name}", 0, len(values))
+            for first, count, file, offset in self._index.find(
+                f"{self._stored_as(kind, name)}/{name}", 0, len(values)
+            )
         ]
         for file, offset, name, first, count in sorted(pieces):  # each file once, front to back
             self._files.fill(whole[name].numpy()[first : first + count], file, offset=offset)
@@ -197,13 +200,17 @@ class Checkpoint:
         }
 
     def require(
-        self, shapes: dict[str, tuple[int, ...]], shared: dict[str, tuple[int, ...]]
+        self,
+        shapes: dict[str, tuple[int, ...]],
+        shared: dict[str, tuple[int, ...]],
+        frozen: Collection[str] = (),
     ) -> None:
         """Refuse a checkpoint of another network, or one with a missing shard.
 
         Args:
             shapes: parameter name -> full shape.
             shared: name -> shape of each tensor that `shared` has to hold.
+            frozen: names of the parameters that do not train.
 
         Raises:
             CheckpointError: the first differences, or missing elements.
@@ -221,7 +228,13 @@ class Checkpoint:
                 f" {len(saved)} tensors differ): {'; '.join(differences[:3])}."
                 " Choose another run_dir, or the configuration the run was started with"
             )
-
+        others = sorted(self.frozen.symmetric_difference(frozen))
+        if others:
+            raise CheckpointError(
+                f"{self.path} is of a run in which other tensors train ({len(others)} differ, such"
+                f" as {others[0]}): keep lora.* and optim.trained_blocks, or take the weights alone"
+                " with train.init_from"
+            )
         self._require_elements()
 
     @property
@@ -229,6 +242,15 @@ class Checkpoint:
         """Refreshes of the Gram network so far; None if it has no weights here."""
         refreshes: int | None = self.state.get("gram_refreshes")  # older versions saved none
         return refreshes
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """Names of the parameters that do not train; student and teacher have the same."""
+        return frozenset(self.state.get("frozen", ()))  # older versions had none
+
+    def _stored_as(self, kind: str, name: str) -> str:
+        """The kind under which a parameter is stored: once, if both networks have the same."""
+        return MASTER if kind in (EMA, ANCHOR) and name in self.frozen else kind
 
     @property
     def has_anchor(self) -> bool:
@@ -244,7 +266,7 @@ class Checkpoint:
             kinds[ANCHOR] = of_backbone
         for kind, shapes in kinds.items():
             for name, shape in shapes.items():
-                found = self._index.numel(f"{kind}/{name}")
+                found = self._index.numel(f"{self._stored_as(kind, name)}/{name}")
                 self._require_all(kind, name, found, torch.Size(shape).numel())
 
     def _require_all(self, kind: str, name: str, found: int, numel: int) -> None:
@@ -265,6 +287,9 @@ def _check_state(state: dict[str, Any]) -> None:
         raise ValueError(f"{STATE_FILE} names two different steps")
     if type(state.get("gram_refreshes", 0)) not in (int, type(None)):
         raise ValueError(f"{STATE_FILE} needs a whole number of refreshes of the Gram network")
+    frozen = state.get("frozen", [])
+    if not isinstance(frozen, list) or not set(frozen) <= state["shapes"].keys():
+        raise ValueError(f"{STATE_FILE} names frozen parameters that there are not")
     if type(state.get("anchor", False)) is not bool:
         raise ValueError(f"{STATE_FILE} needs to say whether there is an anchor, true or false")
     if not all(type(size) is int and size >= 0 for size in sizes):

@@ -210,6 +210,9 @@ class Saver:
                 starts[fragment.name] = fragment.start
                 if view is not None:
                     tensors[f"{kind}/{fragment.name}"] = _copied(view).float()
+        for fragment, values in student.frozen.held():
+            starts[fragment.name] = fragment.start
+            tensors[f"{MASTER}/{fragment.name}"] = values
         files, texts = {shard_file(self._rank): tensors}, {}
         if self._rank == 0:
             state = {
@@ -217,6 +220,7 @@ class Saver:
                 "step": step,
                 "saved_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 "shapes": student.shapes,
+                "frozen": sorted(student.frozen.parameters),
                 "optimizer_steps": student.optimizer_steps(),
                 "gram_refreshes": None if gram is None else gram.refreshes,
                 "anchor": teacher.anchor is not None,

@@ -29,7 +29,7 @@ from dinoscale.runtime.outputs import PHASES
 
 _COMMAND_LINE = "command line"
 _OF_A_PHASE = "phases."
-_CARRIED = ("model", "head", "patch_head")  # sections that say which tensors there are
+_CARRIED = ("model", "head", "patch_head", "lora")  # sections that say which tensors there are
 # Of these sections, but no tensor depends on them.
 _MAY_CHANGE = (
     *("drop_path_rate", "drop_path_uniform", "drop_path_mode"),
@@ -489,7 +489,8 @@ def _tensors(config: RunConfig) -> dict[str, Any]:
             for key, value in values.model_dump().items()
             if key not in _MAY_CHANGE
         }
-    found["optim.name"] = config.optim.name  # whose moments go on
+    for key in ("name", "trained_blocks"):  # whose moments, of which tensors, go on
+        found[f"optim.{key}"] = getattr(config.optim, key)
     found["model.rope"] = "rotary positions" if config.model.rope else "learned positions"
     found["ibot.loss_weight"] = "a patch loss" if config.ibot.loss_weight else "none"
     return found

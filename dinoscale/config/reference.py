@@ -121,6 +121,16 @@ first one that has it. What a weight is worth on your images has to be measured:
 and `anchor_patch_loss` in `metrics.jsonl` say how far the features have moved, and k-NN or `guard`
 what became of them.
 
+## Training a part of the weights
+
+`lora.rank=8` trains adapters of that rank beside the matrices of all blocks, with the heads and the
+mask token, and if wanted the norms and the patch projection; `optim.trained_blocks=4` trains the
+last four blocks as they are. The rest of the backbone stays as it began, without gradient, moments
+and average, and student and teacher share its s bytes a weight; `plan` says what that leaves.
+Activations take as much memory as ever. At stage 3 it is refused. Exported weights, and those that
+`evaluate` and `train.init_from` read, have the adapters merged in; a resumed run keeps them apart.
+`optim.backbone_lr` and `optim.layer_decay` act on adapters as on the weights beside them.
+
 ## Micro-batches
 
 `train.batch_size` counts the images of a step over all ranks. `train.micro_batch_size=auto`

@@ -408,7 +408,7 @@ def _either(sizes: list[int]) -> str:
 
 
 def count_parameters(config: RunConfig) -> ParameterCounts:
-    """Count the student's weights without building it.
+    """Count the student's weights without building it; adapters (lora.rank) are left out.
 
     Args:
         config: the configuration.

@@ -13,7 +13,12 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from dinoscale.config.sections.backbones import RESNET50, ModelConfig
-from dinoscale.config.sections.crops import AugmentConfig, CropsConfig, CropSizes
+from dinoscale.config.sections.crops import (
+    AugmentConfig,
+    CropsConfig,
+    CropSizes,
+    not_whole_patches,
+)
 from dinoscale.config.sections.data import DataConfig
 from dinoscale.config.sections.engine import EngineConfig
 from dinoscale.config.sections.fields import (
@@ -27,6 +32,7 @@ from dinoscale.config.sections.fields import (
     Section,
 )
 from dinoscale.config.sections.guard import GuardConfig
+from dinoscale.config.sections.lora import LoraConfig
 from dinoscale.config.sections.monitoring import CheckpointConfig, EvalConfig, LogConfig
 from dinoscale.config.sections.objectives import (
     AnchorConfig,
@@ -173,6 +179,7 @@ class RunConfig(Section):
     koleo: KoleoConfig = Field(default_factory=KoleoConfig)
     gram: GramConfig = Field(default_factory=GramConfig)
     anchor: AnchorConfig = Field(default_factory=AnchorConfig)
+    lora: LoraConfig = Field(default_factory=LoraConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     schedules: SchedulesConfig = Field(default_factory=SchedulesConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -318,6 +325,13 @@ class RunConfig(Section):
             *self._size_mistakes(),
             *self._length_mistakes(),
             *self._objective_mistakes(),
+            *self.lora.mistakes(
+                trained_blocks=self.optim.trained_blocks,
+                begins_random=self._begins_random,
+                has_blocks=self.model.backbone != RESNET50,
+                has_gram=self.gram.loss_weight > 0,
+                zero_stage=self.engine.zero_stage,
+            ),
             *self._replaced_settings(),
             *self._guard_mistakes(),
         ]
@@ -354,12 +368,16 @@ class RunConfig(Section):
             raise ValueError("\n".join(mistakes))
         return self
 
+    @property
+    def _begins_random(self) -> bool:
+        return self.train.init_from is None and self.train.continue_from is None
+
     def _size_mistakes(self) -> list[str]:
         """Sizes in pixels that are not whole patches, or too small, of each of a mixture."""
         patch = self.model.effective_patch_size
         if patch is None:
             return self._mixture_mistakes()
-        mistakes = _not_whole({"eval.crop": self.eval.crop}, patch)
+        mistakes = not_whole_patches({"eval.crop": self.eval.crop}, patch)
         if not self.crops.mixture:
             return self._crop_mistakes(patch) + mistakes
         for number, run in enumerate(self.of_sizes, 1):
@@ -377,7 +395,7 @@ class RunConfig(Section):
             sizes["crops.local_size"] = crops.local_size
         if self.gram.loss_weight and self.gram.crop_size is not None:
             sizes["gram.crop_size"] = self.gram.crop_size
-        mistakes = _not_whole(sizes, patch)
+        mistakes = not_whole_patches(sizes, patch)
         if self.ibot.loss_weight:
             mistakes += self.ibot.mistakes(size=crops.global_size, patch_size=patch)
         subsets = self.model.drop_path_mode == "subset" and self.model.drop_path_rate > 0
@@ -433,7 +451,7 @@ class RunConfig(Section):
                 continues=self.train.continue_from is not None,
             )
         mistakes += self.anchor.mistakes(
-            begins_random=self.train.init_from is None and self.train.continue_from is None,
+            begins_random=self._begins_random,
             masked_share=self.ibot.masked_share if self.ibot.loss_weight else 0.0,
         )
         return mistakes
@@ -490,18 +508,3 @@ _SCALED_LR = {
     "sqrt": "optim.lr x sqrt(train.batch_size / 1024)",
     "sqrt_64": "optim.lr x sqrt(train.batch_size / 64)",
 }
-
-
-def _not_whole(sizes: Mapping[str, int], patch: int) -> list[str]:
-    """Sizes by key that are not multiples of the patch size."""
-    return [
-        f"{key}: {size} px is not a multiple of the patch size {patch} px; "
-        f"nearest: {_nearest_multiples(size, patch)}"
-        for key, size in sizes.items()
-        if size % patch
-    ]
-
-
-def _nearest_multiples(value: int, unit: int) -> str:
-    below = value // unit * unit
-    return " or ".join(str(size) for size in (below, below + unit) if size)

@@ -77,6 +77,7 @@ RECIPE: dict[str, tuple[str, ...] | None] = {  # None: all of the section
         *("crop_size", "crop_colors", "tokens", "compare", "negatives"),
     ),
     "anchor": None,
+    "lora": None,
     "optim": None,
     "schedules": None,
     "data": ("images_per_epoch", "subset_size", "channels", "max_pixel_value", "mean", "std"),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dinoscale.config import RunConfig
+from dinoscale.config.sections.lora import LoraConfig
 from dinoscale.convert.card import BackboneCard
 from dinoscale.convert.coverage import Coverage, coverage_of
 from dinoscale.convert.formats.special_tokens import slot_added, slot_removed
@@ -54,7 +55,8 @@ def read_initial_weights(
     path = config.train.init_from
     if path is None or distributed.rank() != 0:
         return None
-    network = shapes_only(config)
+    plain = config.model_copy(update={"lora": LoraConfig()})  # adapters begin anew
+    network = shapes_only(plain)
     weights, state, coverage = _read_backbone(
         path, network.backbone, config, heartbeat, key="train.init_from"
     )

@@ -9,6 +9,7 @@ from dinoscale.config import RunConfig, parse_config
 from dinoscale.convert.card import BackboneCard, BackboneShape
 from dinoscale.convert.weights import Network, Weights
 from dinoscale.engine.build import layers_of
+from dinoscale.models.weight_names import merged
 
 _KINDS = {"teacher": EMA, "student": MASTER}
 
@@ -48,6 +49,8 @@ def read_run(
         }
         for part in ("backbone.", "head.", "patch_head.")
     }
+    if config.lora.rank:
+        parts["backbone."] = merged(parts["backbone."], scale=config.lora.scale)
     # A card is published: no folders above the run.
     name = "/".join(checkpoint.path.resolve().parts[-3:])
     card = card_of(config, source=f"{name} {network}")

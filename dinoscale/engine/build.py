@@ -15,9 +15,12 @@ from dinoscale.engine.frozen.gram import GramNetwork, crop_size_of
 from dinoscale.engine.frozen.network import FrozenBackbone
 from dinoscale.engine.initialization import Write, build_on_meta
 from dinoscale.engine.micro_batch import LossWeights
+from dinoscale.engine.param_groups import trained_names
 from dinoscale.engine.schedules import Curve, Schedules
 from dinoscale.engine.student import Student, gather_whole_blocks
 from dinoscale.engine.teacher import Teacher
+from dinoscale.errors import ConfigError
+from dinoscale.models.block import add_adapters
 from dinoscale.models.heads import DinoHead
 from dinoscale.models.network import DinoNetwork, TokenNetwork
 from dinoscale.models.resnet import ResNet50
@@ -98,11 +101,39 @@ def _local_network(config: RunConfig) -> DinoNetwork:
         local_norm=model.local_norm,
         **layers_of(model),
     )
+    if config.lora.rank and isinstance(backbone, VisionTransformer):
+        add_adapters(backbone.blocks, rank=config.lora.rank, alpha=config.lora.alpha)
     head = DinoHead(backbone.embed_dim, **config.head.model_dump())
     patch_head = None
     if config.patch_head is not None:
         patch_head = DinoHead(backbone.embed_dim, **config.patch_head.model_dump())
-    return DinoNetwork(backbone, head, patch_head)
+    network = DinoNetwork(backbone, head, patch_head)
+    _freeze(network, config)
+    return network
+
+
+def _freeze(network: DinoNetwork, config: RunConfig) -> None:
+    """Take the gradient from what does not train.
+
+    Raises:
+        ConfigError: there are fewer blocks than are to train.
+    """
+    blocks, lora = config.optim.trained_blocks, config.lora
+    if blocks is not None and blocks > network.backbone.depth:
+        raise ConfigError(
+            f"optim.trained_blocks: {config.model.backbone} has {network.backbone.depth} blocks, "
+            f"need at most as many or null, got {blocks}"
+        )
+    parameters = dict(network.named_parameters())
+    trained = trained_names(
+        parameters.keys(),
+        adapters=lora.rank > 0,
+        norms=lora.norms,
+        patch_embed=lora.patch_embed,
+        blocks=blocks,
+    )
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in trained)
 
 
 def layers_of(model: ModelConfig) -> dict[str, Any]:

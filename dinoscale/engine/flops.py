@@ -1,13 +1,15 @@
 """Floating-point operations of a training step, by formula; only matrix products count.
 
 A product of (m, k) with (k, n) takes 2 m k n, and its backward twice that: one product for the
-gradient of each factor. Norms, activations, softmax, loss, optimizer and EMA are linear in their
-tensors and not counted. Neither is recomputation to save memory (checkpointing, fused attention, a
-chunked loss): as in MFU, utilisation compares runs by the FLOPs that the model needs.
+gradient of each factor, of which weights that do not train need none. Norms, activations, softmax,
+loss, optimizer and EMA are linear in their tensors and not counted. Neither is recomputation to
+save memory (checkpointing, fused attention, a chunked loss): as in MFU, utilisation compares runs
+by the FLOPs that the model needs.
 
 Shape letters: P patches and L tokens of an image, p patch size, C channels, D width, K prototypes.
 """
 
+import functools
 import itertools
 from dataclasses import dataclass
 
@@ -54,8 +56,23 @@ def vit_backward_flops(
     in_chans: int = 3,
     num_special: int = 1,
     block_weights: int | None = None,
+    frozen_matrices: int = 0,
+    trains_projection: bool = True,
 ) -> int:
-    """Backward of a ViT over one image; pixels need no gradient. Arguments as in the forward."""
+    """Backward of a ViT over one image; pixels need no gradient. Other arguments as in the forward.
+
+    Args:
+        num_patches: P.
+        patch_size: p.
+        embed_dim: D.
+        depth: blocks.
+        in_chans: C.
+        num_special: class token and registers.
+        block_weights: W.
+        frozen_matrices: scalars of the matrices of all blocks that do not train; gradients pass
+            them all the same, on the way to the mask token.
+        trains_projection: whether the patch projection trains.
+    """
     forward = vit_forward_flops(
         num_patches=num_patches,
         patch_size=patch_size,
@@ -65,7 +82,9 @@ def vit_backward_flops(
         num_special=num_special,
         block_weights=block_weights,
     )
-    return 2 * forward - _patch_projection_flops(num_patches, patch_size, embed_dim, in_chans)
+    projection = _patch_projection_flops(num_patches, patch_size, embed_dim, in_chans)
+    of_frozen = 2 * (num_patches + num_special) * frozen_matrices
+    return 2 * forward - of_frozen - (1 if trains_projection else 2) * projection
 
 
 def _patch_projection_flops(num_patches: int, patch_size: int, embed_dim: int, chans: int) -> int:
@@ -147,6 +166,8 @@ def step_flops(
     patch_head: int = 0,
     gram_size: int = 0,
     anchor: bool = False,
+    frozen_matrices: int = 0,
+    trains_projection: bool = True,
 ) -> StepFlops:
     """FLOPs of a step of DINO per image: the teacher sees two crops, the student 2 + num_local.
 
@@ -167,6 +188,8 @@ def step_flops(
         patch_head: forward of the head of the patch tokens over the masked patches of an image.
         gram_size: side of the Gram network's two crops in pixels; 0 without one.
         anchor: whether there is an anchor, which sees the global crops.
+        frozen_matrices: as in `vit_backward_flops`.
+        trains_projection: likewise.
     """
     head = head_forward_flops(
         in_dim=embed_dim,
@@ -177,6 +200,9 @@ def step_flops(
     )
     crops = ((NUM_GLOBAL, global_size), (num_local, local_size))
     seen_by_gram = (NUM_GLOBAL if gram_size else 0, gram_size)
+    of_backward = functools.partial(
+        vit_backward_flops, frozen_matrices=frozen_matrices, trains_projection=trains_projection
+    )
     forward, backward = (
         tuple(
             count
@@ -193,7 +219,7 @@ def step_flops(
         )
         for of_crop, sizes in (
             (vit_forward_flops, (*crops, seen_by_gram)),
-            (vit_backward_flops, crops),
+            (of_backward, crops),
         )
     )
     student_head = (NUM_GLOBAL + num_local) * head + patch_head

@@ -50,7 +50,7 @@ class Dims:
         embed_dim: D.
         num_heads: of attention.
         mlp_hidden: width between the matrices of a block's MLP.
-        mlp_matrices: scalars of the MLP's matrices.
+        mlp_matrices: scalars of the MLP's matrices, without adapters.
         layer_scale: whether each branch is scaled per channel.
         patch_size: p, in pixels.
         channels: of an image.
@@ -70,6 +70,9 @@ class Dims:
         subset_uniform: whether it is the rate of all blocks, or rises linearly to the last.
         anchor: whether there is an anchor.
         anchored_patches: whether patches are compared with it.
+        frozen: scalars of the backbone that do not train.
+        frozen_matrices: of these, those of the blocks' matrices.
+        trains_projection: whether the patch projection trains.
         mixture: with sizes that differ from step to step, of which these are the largest: the
             share of the steps and the counts of each; empty with one size.
     """
@@ -103,6 +106,9 @@ class Dims:
     subset_uniform: bool = False
     anchor: bool = False
     anchored_patches: bool = False
+    frozen: int = 0
+    frozen_matrices: int = 0
+    trains_projection: bool = True
     mixture: tuple[tuple[float, "Dims"], ...] = ()
 
     @property
@@ -119,6 +125,11 @@ class Dims:
     def parameters(self) -> int:
         """Scalars in the weights of the student; the teacher has as many."""
         return self.backbone + self.head
+
+    @property
+    def trained(self) -> int:
+        """Those that train, and of which the teacher has others than the student."""
+        return self.parameters - self.frozen
 
     @property
     def num_crops(self) -> int:
@@ -207,6 +218,11 @@ def _dims_of_size(config: RunConfig, network: DinoNetwork) -> Dims:
             (sum(p.numel() for p in group["params"]), len(group["params"]))
             for group in param_groups(network)
         ),
+        frozen=sum(p.numel() for p in network.parameters() if not p.requires_grad),
+        frozen_matrices=sum(
+            p.numel() for p in backbone.blocks.parameters() if p.ndim == 2 and not p.requires_grad
+        ),
+        trains_projection=backbone.patch_embed.proj.weight.requires_grad,
         backbone=_scalars(backbone),
         head=_scalars(network) - _scalars(backbone),
         largest=max(parameter.numel() for parameter in network.parameters()),
@@ -216,7 +232,9 @@ def _dims_of_size(config: RunConfig, network: DinoNetwork) -> Dims:
         embed_dim=backbone.embed_dim,
         num_heads=block.attn.num_heads,
         mlp_hidden=block.mlp.fc2.in_features,
-        mlp_matrices=_scalars(block.mlp, matrices_only=True),
+        mlp_matrices=sum(
+            p.numel() for n, p in block.mlp.named_parameters() if p.ndim == 2 and "lora_" not in n
+        ),
         layer_scale=_scalars(block.ls1) > 0,
         patch_size=patch,
         channels=channels,
@@ -349,4 +367,6 @@ def _flops_of_size(dims: Dims) -> StepFlops:
         patch_head=round(dims.patches.masked * of_patch),
         gram_size=dims.gram_size,
         anchor=dims.anchor,
+        frozen_matrices=dims.frozen_matrices,
+        trains_projection=dims.trains_projection,
     )

@@ -46,6 +46,35 @@ def _shape(parameter: nn.Parameter) -> torch.Size:
     return shape
 
 
+def trained_names(
+    names: Iterable[str], *, adapters: bool, norms: bool, patch_embed: bool, blocks: int | None
+) -> set[str]:
+    """Those of a backbone with heads that train.
+
+    Heads and the mask token always do: no feature of a picture without masks depends on them.
+
+    Args:
+        names: of all parameters.
+        adapters: of the backbone train the adapters, not what they stand beside.
+        norms: with adapters, all its norms too.
+        patch_embed: with adapters, the patch projection too.
+        blocks: without, only its last so many blocks and the final norms; None for everything.
+    """
+    last = max((layer for name in names if (layer := _layer(name))), default=0)
+
+    def trains(name: str) -> bool:
+        if not name.startswith("backbone.") or name == "backbone.mask_token":
+            return True
+        if adapters:
+            is_norm = any("norm" in part for part in name.split("."))
+            is_projection = name.startswith("backbone.patch_embed.")
+            return "lora_" in name or (norms and is_norm) or (patch_embed and is_projection)
+        layer = _layer(name)
+        return blocks is None or layer is None or layer > last - blocks
+
+    return {name for name in names if trains(name)}
+
+
 def rate_factors(
     names: Iterable[str], *, layer_decay: float, patch_embed_lr: float, backbone_lr: float = 1.0
 ) -> dict[str, float]:

@@ -17,6 +17,7 @@ from dinoscale.config.schema import RunConfig
 from dinoscale.data.augmentation.masks import Masks
 from dinoscale.engine import shards
 from dinoscale.engine.ds_config import student_config
+from dinoscale.engine.frozen.parameters import FrozenParameters
 from dinoscale.engine.gradients import GradientRule, compute_device
 from dinoscale.engine.param_groups import (
     MOMENTS,
@@ -128,7 +129,8 @@ class Student:
 
     Attributes:
         deepspeed_config: DeepSpeed's configuration, with every value that can change a number.
-        layout: this rank's fragments; the teacher and checkpoints use the same.
+        layout: this rank's fragments of what trains; the teacher and checkpoints use the same.
+        frozen: what does not train; nothing at stage 3.
         shapes: parameter name -> full shape.
         master: float32 views of the master weights, one (numel,) view per fragment.
         flats: at stages 1-3 the optimizer's flat master shards, one per group; empty at stage 0.
@@ -196,6 +198,7 @@ class Student:
         self._zero = self._engine.optimizer
         self._skip_host_checks()
         self._buffers = dict(self.network.named_buffers())
+        self.frozen = FrozenParameters(self.network)
         self._find_shards(names)
         self._load_initial(initial)
         self._rule.arm()
@@ -292,6 +295,8 @@ class Student:
         for name, value in initial:
             if name in self._buffers:
                 self._buffers[name].copy_(value)
+            if name in self.frozen:
+                self.frozen.set(name, value)
             for part in held.get(name, ()):
                 self._master_of(part).copy_(value.flatten().narrow(0, part.start, part.numel))
             del value  # before the next one is made
@@ -317,6 +322,7 @@ class Student:
                 self._master_of(part).copy_(read(part.name, part.start, part.numel))
 
         distributed.together(set_all)  # no rank may wait for one that could not read
+        self.frozen.restore(read)
         self._refresh_forward_weights()
 
     def optimizer_state(self) -> dict[str, list[Tensor | None]]:

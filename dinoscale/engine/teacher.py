@@ -4,7 +4,8 @@
 
 Each rank averages its own shard, without communication. What the forward needs is derived, see
 `frozen/weights.py`. Bytes per rank, with P parameters of s bytes in the compute dtype on W ranks:
-4 P / W + s P at stages 0-2, (4 + s) P / W plus the layers in flight at stage 3 (each parameter or
+4 P / W + s P at stages 0-2, where P counts what trains (the student's forward has the rest), and
+(4 + s) P / W plus the layers in flight at stage 3 (each parameter or
 group padded to W parts), and s P / zero_hpz_partition_size from the first forward of a step to its
 end, where hpZ keeps a second copy per node.
 
@@ -177,7 +178,9 @@ class Teacher:
                 network, self.layout, student.compute_dtype, self.deepspeed_config
             )
         else:
-            self._weights = Replicated(network, self.layout, student.compute_dtype)
+            self._weights = Replicated(
+                network, self.layout, student.compute_dtype, shared=student.frozen.parameters
+            )
         self._compute_dtype = student.compute_dtype
         for name, buffer in self.buffers().items():
             buffer.copy_(student.buffers()[name])

@@ -4,6 +4,7 @@ Shape letters: N images, L tokens per image, T tokens of all images together, D 
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -201,6 +202,70 @@ class ScaledLinear(Linear):
         if not isinstance(scale, nn.Identity):
             layer.__class__ = cls
             layer._scale = (scale,)  # type: ignore[assignment]  # an attribute of the new class
+
+
+class _Adapted(Linear):
+    """A linear layer and a low-rank adapter: y = W x + b + (alpha / r) B A x.
+
+    A (r, in) is drawn as a linear layer's weight is, B (out, r) is 0, so that an adapted network
+    begins as the one without adapters. Their names are `lora_a` and `lora_b` beside `weight`, and
+    the layer's own tensors keep theirs.
+    Source: Hu et al. 2021 (arXiv:2106.09685), section 4.1. Differs: all matrices of a block have
+    one, in place of those of queries and values alone.
+    """
+
+    lora_a: nn.Parameter
+    lora_b: nn.Parameter
+    lora_scale: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in_features) to (..., out_features)."""
+        return super().forward(x) + linear(linear(x, self.lora_a, None), self._scaled_b(), None)
+
+    def _scaled_b(self) -> Tensor:
+        return self.lora_scale * self.lora_b
+
+
+class _AdaptedKeylessBias(_Adapted, KeylessBias):
+    """A `KeylessBias` likewise."""
+
+
+class _AdaptedScaledLinear(_Adapted, ScaledLinear):
+    """A `ScaledLinear` likewise; the layer scale acts on the adapter, too."""
+
+    def _scaled_b(self) -> Tensor:
+        return self._scale[0].gamma[:, None] * super()._scaled_b()  # type: ignore[no-any-return]  # of timm
+
+
+_ADAPTED = {
+    Linear: _Adapted,
+    KeylessBias: _AdaptedKeylessBias,
+    ScaledLinear: _AdaptedScaledLinear,
+}
+
+
+def add_adapters(blocks: Iterable[nn.Module], *, rank: int, alpha: float) -> None:
+    """Give every matrix of the blocks an adapter, in place.
+
+    Args:
+        blocks: of a `VisionTransformer`.
+        rank: r, at least 1.
+        alpha: the adapter is multiplied by alpha / r.
+    """
+    for block in blocks:
+        for layer in list(block.modules()):
+            adapted: Any = _ADAPTED.get(type(layer))  # type: ignore[arg-type]  # of any module
+            if adapted is not None:
+                _adapt(layer, adapted, rank=rank, scale=alpha / rank)
+
+
+def _adapt(layer: Any, adapted: type[_Adapted], *, rank: int, scale: float) -> None:
+    like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+    layer.lora_a = nn.Parameter(torch.empty(rank, layer.in_features, **like))
+    nn.init.kaiming_uniform_(layer.lora_a, a=math.sqrt(5))
+    layer.lora_b = nn.Parameter(torch.zeros(layer.out_features, rank, **like))
+    layer.lora_scale = scale
+    layer.__class__ = adapted
 
 
 class Block(nn.Module):

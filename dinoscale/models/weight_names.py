@@ -1,7 +1,8 @@
 """Rename weights from our names to those of the authors' code, and back.
 
 Backbone names agree. The prototype layer differs: the authors' weight norm always stores a norm g
-next to the direction v, even when g is frozen at one; we store g only when it trains.
+next to the direction v, even when g is frozen at one; we store g only when it trains. Adapters,
+which the authors' code does not have, are merged into the matrices that they stand beside.
 """
 
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from torch import Tensor
 from dinoscale.errors import CheckpointError
 
 _PREFIX = "module."  # added by DistributedDataParallel
+_A, _B = "lora_a", "lora_b"  # of an adapter, see `block.add_adapters`
 _G, _V = "last_layer.weight_g", "last_layer.weight_v"
 _NEW_NAMES = {  # torch.nn.utils.parametrizations.weight_norm
     "last_layer.parametrizations.weight.original0": _G,
@@ -67,6 +69,29 @@ def from_reference(state: Mapping[str, Tensor], *, norm_last_layer: bool) -> dic
             continue
         renamed[name] = tensor
     return renamed
+
+
+def merged(state: Mapping[str, Tensor], *, scale: float) -> dict[str, Tensor]:
+    """The weights of a network without adapters that computes the same.
+
+    Args:
+        state: tensors by name, some of them of adapters.
+        scale: alpha / r.
+
+    Returns:
+        W + scale B A in place of W, summed in float64 and rounded once; all other tensors as they
+        are, without those of adapters.
+    """
+    result = {
+        name: value for name, value in state.items() if not name.endswith((f".{_A}", f".{_B}"))
+    }
+    for name, a in state.items():
+        if name.endswith(f".{_A}"):
+            layer = name.removesuffix(_A)
+            weight = result[f"{layer}weight"]
+            change = scale * (state[f"{layer}{_B}"].double() @ a.double())
+            result[f"{layer}weight"] = (weight.double() + change).to(weight.dtype)
+    return result
 
 
 def _ends(name: str, suffix: str) -> bool:

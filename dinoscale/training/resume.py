@@ -462,7 +462,7 @@ def restore(
     other_grid = wanted.get(_POSITIONS) != checkpoint.shapes.get(_POSITIONS)
     if image_size is not None and other_grid:
         wanted = wanted | {_POSITIONS: checkpoint.shapes[_POSITIONS]}
-    distributed.together(lambda: checkpoint.require(wanted, shapes))
+    distributed.together(lambda: checkpoint.require(wanted, shapes, student.frozen.parameters))
 
     def read(kind: str, name: str, start: int, numel: int) -> Tensor:
         if image_size is not None and other_grid and name == _POSITIONS:

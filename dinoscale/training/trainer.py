@@ -380,10 +380,12 @@ def _announce(
         plan.micro_batch_size,
         plan.accumulation_steps,
     )
+    trained = parameters - sum(p.numel() for p in student.frozen.parameters.values())
     log.info(
-        "%s, %.2f M parameters with head; ZeRO stage %d, %s; teacher %.1f MB per rank",
+        "%s, %.2f M parameters with head%s; ZeRO stage %d, %s; teacher %.1f MB per rank",
         config.model.backbone,
         parameters / 1e6,
+        f", {trained / 1e6:.2f} M of them train" if trained < parameters else "",
         config.engine.zero_stage,
         config.engine.precision,
         teacher.num_bytes() / 1e6,

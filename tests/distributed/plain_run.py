@@ -234,16 +234,18 @@ def _backward(
 ) -> float:
     """Leave the gradients of `low` at the student, the mean over ranks; the mean of the losses."""
     loss = 0.0
-    sums = [torch.zeros_like(weight, dtype=rounding.sums) for weight in low.parameters()]
+    trained = [weight for weight in low.parameters() if weight.requires_grad]
+    sums = [torch.zeros_like(weight, dtype=rounding.sums) for weight in trained]
     for share in torch.arange(targets.shape[1]).chunk(rounding.ranks):
         output = low([views[:, share].flatten(0, 1) for views in crops])
         output = output.unflatten(0, (-1, len(share))).to(rounding.master)
         of_rank = dino_loss(output, targets[:, share], student_temp=temp)
-        gradients = torch.autograd.grad(of_rank, list(low.parameters()))
+        gradients = torch.autograd.grad(of_rank, trained)
         for total, gradient in zip(sums, gradients, strict=True):
             total += gradient.to(rounding.sums)
         loss += of_rank.item() / rounding.ranks
-    for weight, total in zip(student.parameters(), sums, strict=True):
+    of_student = [weight for weight in student.parameters() if weight.requires_grad]
+    for weight, total in zip(of_student, sums, strict=True):
         weight.grad = total.to(rounding.master) / rounding.ranks
     return loss
 

@@ -106,6 +106,7 @@ def test_a_run_starts_from_another_and_resumes_without_it(tmp_path: Path) -> Non
         assert code == 0, text
     first = tmp_path / "first"
     more = (f"train.init_from={first}", "train.init_head=true", "train.epochs=2")
+    more += ("lora.rank=2", "anchor.class_weight=1.0")  # the rest is in the checkpoint then, too
     started = _train(*more, "train.stop_after_steps=1", run_dir=tmp_path / "second")
     assert [code for code, _ in started] == [0, 0], started
     assert f"starting from {first}" in started[0][1]
@@ -113,7 +114,10 @@ def test_a_run_starts_from_another_and_resumes_without_it(tmp_path: Path) -> Non
     first.rename(tmp_path / "moved")
     for code, text in _train(*more, run_dir=tmp_path / "second"):
         assert code == 0, text
-    assert open_run(tmp_path / "second").step == 2
+    checkpoint = open_run(tmp_path / "second")
+    assert (checkpoint.step, checkpoint.has_anchor) == (2, True)
+    assert "backbone.cls_token" in checkpoint.frozen
+    load_backbone(tmp_path / "second")
     for code, text in _train(*more, run_dir=tmp_path / "third"):
         assert code == 2, text
         assert f"{first}: cannot be read (No such file or directory)" in text

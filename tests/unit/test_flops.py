@@ -140,6 +140,27 @@ def test_the_masked_patches_go_through_a_head_once_in_each_network(own_head: boo
     assert dims.parameters == sum(parameter.numel() for parameter in network.parameters())
 
 
+@pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
+def test_weights_that_do_not_train_have_no_product_for_their_gradient(ffn: str) -> None:
+    config = parse_config(
+        {
+            "model": {**VIT, "num_heads": 2, "layer_scale": 1e-5, "ffn": ffn},
+            "head": HEAD,
+            "crops": {"global_size": 32, "local_size": 16, "num_local": 2},
+            "eval": {"crop": 32, "resize": 32},
+            "lora": {"rank": 3, "patch_embed": True},  # so that gradients pass all blocks
+            "train": {"init_from": "w.pth"},
+        }
+    )
+    dims = dims_of(config)
+    flops, (network, _) = flops_of(dims), build_networks(config)
+    assert dims.trained == sum(p.numel() for p in network.parameters() if p.requires_grad)
+    assert sum(scalars for scalars, _ in dims.groups) == dims.trained
+    assert dims.mlp_kept == (2 * 64 if ffn == "swiglu" else 4 * 24)  # as without adapters
+    counted = _counted(network, 2)
+    assert (flops.teacher, flops.student_forward, flops.student_backward) == counted
+
+
 def test_the_gram_network_is_a_forward_more() -> None:
     values = {
         "model": {**VIT, "num_heads": 2},

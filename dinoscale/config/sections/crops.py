@@ -142,3 +142,18 @@ class AugmentConfig(Section):
         if not 0 <= low <= high:
             raise ValueError(f"need 0 <= low <= high, got {low}, {high}")
         return radius
+
+
+def not_whole_patches(sizes: Mapping[str, int], patch: int) -> list[str]:
+    """Sizes by key that are not multiples of the patch size."""
+    return [
+        f"{key}: {size} px is not a multiple of the patch size {patch} px; "
+        f"nearest: {_nearest_multiples(size, patch)}"
+        for key, size in sizes.items()
+        if size % patch
+    ]
+
+
+def _nearest_multiples(value: int, unit: int) -> str:
+    below = value // unit * unit
+    return " or ".join(str(size) for size in (below, below + unit) if size)

@@ -56,6 +56,11 @@ class OptimConfig(Section):
         description="Further factor of the learning rate of all other weights of the backbone. 0: "
         "they rest, decay included, while new heads learn; AdamW's moments follow the gradients.",
     )
+    trained_blocks: Count | None = Field(
+        default=None,
+        description="Only the last so many blocks train, with the final norm, the mask token and "
+        "the heads; the rest of the backbone stays as it began. null: all of it trains. [D].",
+    )
     min_lr: PositiveOrZero = Field(
         default=1e-6, description="Final learning rate, not scaled with the batch. Source: [C]."
     )

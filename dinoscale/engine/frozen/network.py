@@ -2,7 +2,7 @@
 
 Sharded like the teacher: partitioned at stage 3, whole on every rank at stages 0-2, and only in the
 compute dtype, since nothing averages it. A backbone of P parameters of s bytes takes s P bytes, at
-stage 3 s P / W of W ranks and the layers in flight.
+stage 3 s P / W of W ranks and the layers in flight. Weights that do not train are the student's.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,8 +28,8 @@ class FrozenBackbone:
 
     Attributes:
         network: the network that computes; its weights may be partitioned.
-        own: compute dtype views of this rank's weights, one (numel,) view per fragment of the
-            student's layout, None for one of a head.
+        own: compute dtype views of this rank's weights, but for those that do not train, one
+            (numel,) view per fragment of the student's layout, None for one of a head.
     """
 
     def __init__(
@@ -56,9 +56,15 @@ class FrozenBackbone:
         else:
             materialize(network, self._dtype)
         self.network = network
+        shared = student.frozen.parameters
+        for name, parameter in network.named_parameters():
+            if name in shared:  # they are those of the start, too
+                parameter.data = shared[name].data
         for name, buffer in network.named_buffers():
             buffer.copy_(student.buffers()[name])
-        self._parameters = dict(network.named_parameters())
+        self._parameters = {
+            name: parameter for name, parameter in network.named_parameters() if name not in shared
+        }
         self._shapes = {name: student.shapes[name] for name in self._parameters}
         self.own = [self._view(fragment) for fragment in student.layout.fragments]
         pairs = zip(student.layout.fragments, self.own, strict=True)

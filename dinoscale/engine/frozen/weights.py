@@ -6,7 +6,7 @@ is and gathers layer by layer.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -25,8 +25,22 @@ Network = TypeVar("Network", bound=nn.Module)
 class Replicated(Generic[Network]):
     """Stages 0-2: every rank holds all weights, views into one flat tensor per group."""
 
-    def __init__(self, network: Network, layout: Layout, dtype: torch.dtype) -> None:
-        """Allocate the weights of `network`, on any device, in `dtype`; its values are not used."""
+    def __init__(
+        self,
+        network: Network,
+        layout: Layout,
+        dtype: torch.dtype,
+        *,
+        shared: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Allocate the weights.
+
+        Args:
+            network: on any device; its values are not used.
+            layout: of the shards from which they follow.
+            dtype: of the weights.
+            shared: weights that are in no shard, whose memory it uses.
+        """
         self.network, self._layout = network, layout
         world_size, device = distributed.world_size(), compute_device()
         self._flats = [
@@ -45,6 +59,7 @@ class Replicated(Generic[Network]):
             name: torch.empty_like(buffer, device=device)
             for name, buffer in network.named_buffers()
         }
+        views |= {name: weight.detach() for name, weight in (shared or {}).items()}
         network.load_state_dict(views, assign=True)
         self.buffers = dict(network.named_buffers())
 

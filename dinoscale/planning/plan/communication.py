@@ -62,7 +62,7 @@ def transfers(dims: Dims, setup: Setup) -> list[Transfer]:
     ranks, passes = setup.world_size, setup.accumulation_steps
     if ranks == 1:
         return []
-    part = (ranks - 1) / ranks * dims.parameters
+    part = (ranks - 1) / ranks * dims.trained  # with stage 3, everything does
     s, c = setup.weight_bytes, setup.communication_bytes
     if setup.zero_stage == 3:
         sums = Transfer(

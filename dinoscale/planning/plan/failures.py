@@ -39,7 +39,8 @@ class Durability:
     """Start, checkpoints and failures of a run.
 
     Attributes:
-        host_bytes: host memory of each rank at the start, for the tensor being drawn.
+        host_bytes: host memory of each rank at the start, for the tensor being drawn and its slices
+            of weights that do not train.
         build_s: seconds to draw all weights.
         checkpoint_bytes: size of a checkpoint, over all ranks.
         write_s: seconds to write or read a checkpoint.
@@ -80,8 +81,8 @@ def durability(
         storage: bytes/s that all ranks together write or read.
         restart: the other costs of a failure.
     """
-    saved = FP32 * (2 + setup.moments) * dims.parameters  # master weights, EMA and moments
-    saved += FP32 * dims.backbone * dims.frozen_networks
+    saved = FP32 * (2 + setup.moments) * dims.trained  # master weights, EMA and moments
+    saved += FP32 * (dims.frozen + (dims.backbone - dims.frozen) * dims.frozen_networks)
     write_s = saved / storage
     build_s = dims.parameters / WEIGHTS_DRAWN_PER_S
     failures = FAILURES_PER_GPU_DAY * setup.world_size
@@ -90,7 +91,7 @@ def durability(
     restart_s = restart.requeue_s + restart.start_s + restart.index_s + write_s
     saving = write_s / interval_s
     return Durability(
-        host_bytes=FP32 * dims.largest,
+        host_bytes=FP32 * (dims.largest + dims.frozen / setup.world_size),
         build_s=build_s,
         checkpoint_bytes=saved,
         write_s=write_s,

@@ -60,7 +60,7 @@ def _peak_of_size(dims: Dims, setup: Setup) -> Peak:
 
 def persistent(dims: Dims, setup: Setup) -> Terms:
     """Memory of a rank between steps; on a GPU, which lags behind, with the next step's crops."""
-    weights, ranks, s = dims.parameters, setup.world_size, setup.weight_bytes
+    weights, ranks, s = dims.trained, setup.world_size, setup.weight_bytes
     stage = setup.zero_stage
     # At stage 0 in float32 the weights are the master weights; otherwise those are a copy.
     master = 0 if stage == 0 and not setup.bf16 else FP32
@@ -68,18 +68,19 @@ def persistent(dims: Dims, setup: Setup) -> Terms:
     summed = 2 if setup.bf16 and not setup.sums_in_fp32 else FP32
     parts = ranks if stage == 3 else 1
     average, forward = FP32 * weights / ranks, s * weights / parts
-    frozen = s * dims.backbone / parts * dims.frozen_networks
+    compared = s * (dims.backbone - dims.frozen) / parts * dims.frozen_networks
     if setup.offload_optimizer:
         states = average = 0
     return {
-        "parameters": forward,
+        # Of frozen ones the teacher has none of its own. Their slices are in host memory.
+        "parameters": forward + (s + (0 if setup.on_gpu else FP32 / ranks)) * dims.frozen,
         # Stage 3 keeps the buffers that accumulate gradients; the others allocate them each step.
         "gradients": summed * weights / ranks if stage == 3 else 0,
         "optimizer": states,
         # center, sums, mean target
         "teacher": average
         + forward
-        + frozen
+        + compared
         + 4 * FP32 * (dims.prototypes + dims.patches.prototypes),
         "activations": _crops(dims, setup) if setup.on_gpu else 0,
         "buffers": setup.communication_bytes * setup.reduce_bucket_size if stage == 3 else 0,
@@ -138,7 +139,7 @@ def _accumulated(dims: Dims, setup: Setup) -> Terms:
     s, stage = setup.weight_bytes, setup.zero_stage
     gradients: float = 0
     if stage < 2:
-        gradients = s * dims.parameters  # unreduced until the last micro-batch
+        gradients = s * dims.trained  # unreduced until the last micro-batch
     elif stage == 2:
         gradients = _own_gradients(dims, setup)
     return {
@@ -149,7 +150,7 @@ def _accumulated(dims: Dims, setup: Setup) -> Terms:
 
 def _own_gradients(dims: Dims, setup: Setup) -> float:
     """Reduced gradients of a rank's partition, at stages 1 and 2."""
-    weights, ranks = dims.parameters, setup.world_size
+    weights, ranks = dims.trained, setup.world_size
     if setup.sums_in_fp32:
         return FP32 * weights / ranks
     # Whole tensors that overlap the partition: every rank's overlaps the tensor of prototypes.
@@ -375,7 +376,7 @@ def _backward_of_block(dims: Dims, setup: Setup) -> Terms:
 
 def _first_reduction(dims: Dims, setup: Setup) -> Terms:
     """Stages 2 and 3 reduce a full bucket over ranks during the backward."""
-    if setup.zero_stage < 2 or dims.parameters <= setup.reduce_bucket_size:
+    if setup.zero_stage < 2 or dims.trained <= setup.reduce_bucket_size:
         return {}
     done = max(0, setup.reduce_bucket_size - dims.head) / dims.block  # blocks, when it is full
     index = max(0, dims.depth - 1 - int(done))
@@ -398,7 +399,7 @@ def _first_reduction(dims: Dims, setup: Setup) -> Terms:
 def _reduction(dims: Dims, setup: Setup) -> float:
     """Copies of a bucket while it is reduced over ranks."""
     s, c, ranks = setup.weight_bytes, setup.communication_bytes, setup.world_size
-    fill = min(dims.parameters, setup.reduce_bucket_size)
+    fill = min(dims.trained, setup.reduce_bucket_size)
     if setup.zero_stage == 3:  # reordered by rank; gloo makes another copy of it
         return c * fill * (1 if setup.on_gpu else 2)
     # Flattened again if it holds partitions of several ranks, or several tensors.
@@ -408,8 +409,8 @@ def _reduction(dims: Dims, setup: Setup) -> float:
 
 def _last_reduction(dims: Dims, setup: Setup) -> Terms:
     """Stage 0 flattens all gradients, 1 reduces its first bucket, 2 and 3 their last."""
-    s, c, weights = setup.weight_bytes, setup.communication_bytes, dims.parameters
-    stage, fill = setup.zero_stage, min(dims.parameters, setup.reduce_bucket_size)
+    s, c, weights = setup.weight_bytes, setup.communication_bytes, dims.trained
+    stage, fill = setup.zero_stage, min(dims.trained, setup.reduce_bucket_size)
     gradients: float
     if stage == 0:
         gradients, buffers = s * weights, weights * (s + (c if c != s else 0.0))
@@ -436,7 +437,7 @@ def _optimizer_step(dims: Dims, setup: Setup) -> Terms:
         own = _own_gradients(dims, setup) if stage < 3 else 0
         return {"gradients": own, "buffers": _second_copies(dims, setup)}
     if stage == 0:
-        return {"gradients": dims.parameters * (2 + FP32 if setup.bf16 else FP32)}
+        return {"gradients": dims.trained * (2 + FP32 if setup.bf16 else FP32)}
     return {
         "gradients": max(_group_step(dims, setup, group=g) for g in range(len(dims.groups))),
         "buffers": _second_copies(dims, setup),

@@ -24,7 +24,7 @@ def offload_s(dims: Dims, setup: Setup) -> float:
     """
     if not setup.offload_optimizer:
         return 0.0
-    own, s = dims.parameters / setup.world_size, setup.weight_bytes
+    own, s = dims.trained / setup.world_size, setup.weight_bytes
     passes = setup.accumulation_steps if setup.zero_stage >= 2 else 1
     gradient = FP32 if setup.sums_in_fp32 else s
     over_pcie = own * (passes * gradient + 2 * s)

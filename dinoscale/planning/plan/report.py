@@ -108,7 +108,12 @@ def make_plan(
         "images_per_step": run.batch_size,
         "steps_per_epoch": run.steps_per_epoch,
         "steps": run.stop_step,
-        "parameters": {"backbone": dims.backbone, "head": dims.head, "total": dims.parameters},
+        "parameters": {
+            "backbone": dims.backbone,
+            "head": dims.head,
+            "total": dims.parameters,
+            "trained": dims.trained,
+        },
         "sizes": _sizes(config, dims),
         "flops_per_image": _flops(dims),
         "options": [_as_json(option, run, links) for option in options],

@@ -137,6 +137,8 @@ def options(dims: Dims, setup: Setup, machine: Machine, sizes: list[int]) -> lis
     for stage in sorted(STAGES):
         if setup.offload_optimizer and stage == 0:
             continue  # stage 0 has no shard to offload
+        if dims.frozen and stage == 3:
+            continue  # refused, see `LoraConfig.mistakes`
         for level in LEVELS:
             if level == "pointwise" and not setup.compiled:
                 continue  # eager blocks do that anyway

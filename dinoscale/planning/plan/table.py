@@ -38,6 +38,9 @@ def text_of_phases(plan: dict[str, Any]) -> str:
 def _head(plan: dict[str, Any]) -> list[str]:
     counts, flops = plan["parameters"], plan["flops_per_image"]
     giga = {name: f"{value / 1e9:.1f}" for name, value in flops.items()}
+    of_teacher = "the teacher has as many"
+    if counts["trained"] < counts["total"]:
+        of_teacher = f"{_million(counts['trained'])} M train, and the teacher shares the others"
     frozen = "".join(
         f" + {name} {giga[key]}"
         for key, name in (("gram", "Gram network"), ("anchor", "anchor"))
@@ -47,7 +50,7 @@ def _head(plan: dict[str, Any]) -> list[str]:
         f"{plan['backbone']} on {plan['gpus']} x {plan['gpu']}, {_gb(plan['gpu_memory_bytes'])} GB"
         f" each, {plan['precision']}",
         f"weights: {_million(counts['total'])} M = backbone {_million(counts['backbone'])} M"
-        f" + head {_million(counts['head'])} M; the teacher has as many",
+        f" + head {_million(counts['head'])} M; {of_teacher}",
         f"GFLOPs per image: {giga['total']} = teacher {giga['teacher_backbone']}"
         f" + its head {giga['teacher_head']}{frozen};"
         f" student forward {giga['student_global']} global crops"

@@ -554,6 +554,45 @@ def test_the_state_of_another_run_may_hold_the_gram_network() -> None:
     assert _config(gram=gram, train__continue_from="runs/first").gram.steps_without is None
 
 
+@pytest.mark.parametrize("part", [{"lora": {"rank": 4}}, {"optim": {"trained_blocks": 2}}])
+def test_a_part_of_the_weights_trains_only_where_the_rest_is_worth_keeping(
+    part: dict[str, dict[str, int]],
+) -> None:
+    ((section, values),) = part.items()
+    ((name, value),) = values.items()
+    key, given = f"{section}.{name}", {"init_from": "w.pth"}
+    _config(**part, train=given)
+    off = "0" if section == "lora" else "null"
+    assert _messages(**part) == [
+        f"{key}: the run begins with random weights, most of which would stay random; give "
+        f"train.init_from or train.continue_from, or set {key}={off}"
+    ]
+    assert _messages(**part, train=given, engine={"zero_stage": 3}) == [
+        "engine.zero_stage: at stage 3 weights that do not train stay gathered once the backward "
+        f"has recomputed with them (DeepSpeed #8148); with {key}={value} need 0, 1 or 2, got 3"
+    ]
+    assert _messages(**part, train=given, gram={"loss_weight": 1.0, "teacher": "w.pth"}) == [
+        "gram.loss_weight: a Gram network has all weights of its own, and with "
+        f"{key}={value} most are shared; need 0.0. anchor.* keeps features near the start's"
+    ]
+    assert f"{key}: the backbone has no transformer blocks, need {off}" in _messages(
+        **part, train=given, model={"backbone": "resnet50"}
+    )
+
+
+def test_adapters_and_last_blocks_exclude_each_other_and_more_needs_adapters() -> None:
+    given = {"init_from": "w.pth"}
+    assert _messages(lora={"rank": 4}, optim={"trained_blocks": 2}, train=given) == [
+        "optim.trained_blocks: blocks do not train with lora.rank=4, their adapters do; set one of "
+        "them"
+    ]
+    for name in ("norms", "patch_embed"):
+        assert _messages(lora={name: True}) == [
+            f"lora.{name}: is of adapters, need false with lora.rank=0, got true"
+        ]
+    assert _config(lora={"rank": 4, "alpha": 8.0}, train=given).lora.scale == 2
+
+
 ANCHOR = {"class_weight": 1.0}
 
 

@@ -84,6 +84,11 @@ def test_the_command_line_changes_and_chooses_phases(chain: str, tmp_path: Path)
         ),
         ("phases.last.optim.name=sgd", "phases.last.optim.name: sgd here and adamw in the phase"),
         ("phases.large.gram.loss_weight=1", "phases.large.gram.teacher: the phase before has no"),
+        ("phases.large.lora.rank=2", "phases.large.lora.rank: 2 here and 0 in the phase before"),
+        (
+            "phases.large.optim.trained_blocks=2",
+            "phases.large.optim.trained_blocks: 2 here and None in the phase before",
+        ),
         ("phases.large.run_dir=x", "phases.large.run_dir: a phase has its own; leave it out"),
         ("phases.large.train.init_from=x", "phases.large.train.init_from: a phase begins where"),
         ("train.continue_from=x", "train.continue_from: a run begins with the whole state of anot"),

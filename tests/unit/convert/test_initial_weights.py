@@ -252,3 +252,17 @@ def test_other_initial_weights_of_a_run_that_goes_on_are_named() -> None:
     moved = tiny_config(train={"init_from": "moved/run/phases/01_first", "init_head": True})
     assert initial_weights_caution(moved, then) is None
     assert initial_weights_caution(tiny_config(), {}) is None  # as of an older version
+
+
+def test_adapters_begin_anew_beside_the_weights_of_the_source(tmp_path: Path) -> None:
+    path, teacher = _reference(tmp_path)
+    config = _config(path, head=True, lora={"rank": 2})
+    start = _start(config)
+    assert _equal(start.backbone, teacher.backbone.state_dict())
+    assert start.head is not None
+    network, _ = build_networks(config, start)
+    adapters = {n for n, _ in network.named_parameters() if "lora_" in n}
+    assert network.state_dict().keys() - start.by_name().keys() == adapters
+    images = torch.rand(2, 3, 16, 16)
+    features = [each.backbone([images]) for each in (network, teacher)]
+    assert torch.equal(*features)

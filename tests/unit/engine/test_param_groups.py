@@ -2,11 +2,20 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dinoscale.engine.param_groups import LayerwiseAdamW, build_optimizer, rate_factors
+from dinoscale.config import parse_config
+from dinoscale.engine.build import shapes_only
+from dinoscale.engine.param_groups import (
+    LayerwiseAdamW,
+    build_optimizer,
+    rate_factors,
+    trained_names,
+)
+from dinoscale.errors import ConfigError
 
 PARTS = [(0.2, 0, 5), (0.5, 5, 12), (0.5, 17, 7), (1.0, 27, 3), (0.2, 30, 2)]  # 24-26 are padding
 SETTINGS: dict[str, Any] = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-8}
@@ -118,3 +127,52 @@ def test_a_resting_backbone_keeps_its_weights_to_the_bit_and_moves_its_moments()
     moved = {n for n, weight in network.named_parameters() if not torch.equal(before[n], weight)}
     assert moved == {"head.weight", "head.bias"}
     assert all(optimizer.state[weight]["exp_avg"].all() for weight in network.parameters())
+
+
+NAMES = (
+    *("cls_token", "mask_token", "pos_embed", "patch_embed.proj.weight", "norm.bias"),
+    *("local_norm.weight", "blocks.0.norm1.weight", "blocks.0.ls1.gamma"),
+    *("blocks.0.attn.qkv.weight", "blocks.0.attn.qkv.lora_a", "blocks.1.attn.q_norm.weight"),
+    *("blocks.1.mlp.fc1.bias", "blocks.1.mlp.fc1.lora_b", "blocks.10.mlp.fc1.bias"),
+)
+ALWAYS = {"mask_token", "head.mlp.0.weight", "patch_head.last_layer.weight_v"}
+
+
+def _trained(
+    *,
+    adapters: bool = False,
+    norms: bool = False,
+    patch_embed: bool = False,
+    last: int | None = None,
+) -> set[str]:
+    """Those of `NAMES` and of heads that train, but for those that always do."""
+    names = [f"backbone.{name}" for name in NAMES]
+    names += [name for name in ALWAYS if "head" in name]
+    found = trained_names(
+        names, adapters=adapters, norms=norms, patch_embed=patch_embed, blocks=last
+    )
+    short = {name.removeprefix("backbone.") for name in found}
+    assert short >= ALWAYS
+    return short - ALWAYS
+
+
+def test_more_blocks_than_there_are_cannot_train() -> None:
+    config = parse_config({"optim": {"trained_blocks": 13}, "train": {"init_from": "w.pth"}})
+    wanted = r"^optim.trained_blocks: vit_small_patch16_224 has 12 blocks, need at most as many"
+    with pytest.raises(ConfigError, match=wanted):
+        shapes_only(config)
+
+
+def test_adapters_train_or_the_last_blocks_or_all() -> None:
+    assert _trained() == {*NAMES} - ALWAYS
+    adapters = {"blocks.0.attn.qkv.lora_a", "blocks.1.mlp.fc1.lora_b"}
+    assert _trained(adapters=True) == adapters
+    norms = {"norm.bias", "local_norm.weight", "blocks.0.norm1.weight"}
+    norms |= {"blocks.1.attn.q_norm.weight"}
+    assert _trained(adapters=True, norms=True) == adapters | norms
+    projection = {"patch_embed.proj.weight"}
+    assert _trained(adapters=True, patch_embed=True) == adapters | projection
+    final = {"norm.bias", "local_norm.weight"}
+    assert _trained(last=1) == final | {"blocks.10.mlp.fc1.bias"}
+    of_last = {name for name in NAMES if name.startswith(("blocks.1.", "blocks.10."))}
+    assert _trained(last=10) == final | of_last

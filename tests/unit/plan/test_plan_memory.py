@@ -47,6 +47,13 @@ def test_dims_count_what_the_configuration_counts() -> None:
     assert dims.mlp_kept == 4 * 384
 
 
+def test_what_does_not_train_is_there_once_at_stage_2() -> None:
+    found = persistent(replace(DIMS, frozen=1000), SETUP)
+    assert found["parameters"] == 2 * WEIGHTS
+    assert found["optimizer"] == 12 * (WEIGHTS - 1000) / 4
+    assert found["teacher"] == 4 * (WEIGHTS - 1000) / 4 + 2 * (WEIGHTS - 1000) + 16 * 100
+
+
 def test_persistent_memory_at_stage_2_by_hand() -> None:
     assert persistent(DIMS, SETUP) == {
         "parameters": 2 * WEIGHTS,
