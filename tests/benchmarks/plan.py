@@ -54,6 +54,8 @@ class Case(NamedTuple):
     dinov2: bool = False  # layer scale, SwiGLU, registers; patch loss with its own head, KoLeo
     gram_size: int = 0  # of the crops of a Gram network
     dinov3: bool = False  # a norm for local crops, prototypes without lengths
+    anchor: bool = False  # of patches
+    lora_rank: int = 0
 
     def config(self) -> RunConfig:
         """The configuration of the run."""
@@ -74,6 +76,8 @@ class Case(NamedTuple):
                 "refresh_every_steps": 1 if self.gram_size else None,
                 "crop_size": self.gram_size or None,
             },
+            anchor={"patch_weight": float(self.anchor)},
+            lora={"rank": self.lora_rank},
             head={
                 "num_prototypes": self.num_prototypes,
                 "hidden_dim": 512,
@@ -90,6 +94,7 @@ class Case(NamedTuple):
             train={
                 "batch_size": self.micro_batch * self.accumulation * self.ranks,
                 "micro_batch_size": self.micro_batch,
+                "init_from": "given",
             },
             engine={
                 "zero_stage": self.stage,
@@ -120,6 +125,8 @@ QUICK = [  # what the tests run
     Case(2, ranks=2, micro_batch=1, accumulation=2),
     Case(3, ranks=2, **WIDE),
     Case(2, gram_size=448, **NARROW),
+    Case(2, micro_batch=4, global_size=224, anchor=True, **NARROW),
+    Case(2, embed_dim=384, depth=6, num_local=8, lora_rank=8, **NARROW),
 ]
 CASES = [
     *QUICK,
@@ -139,6 +146,7 @@ CASES = [
     Case(2, global_size=448, gram_size=448, **NARROW),
     Case(2, micro_batch=4, global_size=224, gram_size=448, dinov2=True),
     Case(3, ranks=2, micro_batch=8, gram_size=192, precision="bf16", **WIDE),
+    Case(2, ranks=2, micro_batch=4, precision="bf16", lora_rank=8, num_local=8, **WIDE),
 ]
 
 
