@@ -209,14 +209,14 @@ def unknown_key(names: Sequence[str], root: type[BaseModel] = RunConfig) -> str:
     here = [
         field.alias or name for parent in parents for name, field in parent.model_fields.items()
     ]
-    near = nearest(key, here)
-    if near:
-        return f"unknown key{near}?"
     everywhere = [f"{name}.{leaf}" for name, part in parts.items() for leaf in part.model_fields]
+    same = [path for path in everywhere if path.partition(".")[2] == key]
+    near = nearest(key, here)
+    if near and not (same and len(names) == 1):  # `lr` is that of a section, not like `lora`
+        return f"unknown key{near}?"
     if key in everywhere:  # a file that says `crops.num_local: 6`
         section, _, leaf = key.partition(".")
         return f"unknown key; in a file, {leaf!r} stands indented under '{section}:'"
-    same = [path for path in everywhere if path.partition(".")[2] == key]
     if key in root.model_fields:
         same.append(key)
     if same:

@@ -179,6 +179,7 @@ class HeldOut:
 
     def _read(self) -> Tensor | None:
         """Neighbours of the start, None with a warning if they are lost."""
+        found: Tensor
         try:
             with safe_open(self._path, framework="pt") as file:
                 metadata, found = file.metadata() or {}, file.get_tensor(_NEIGHBOURS)

@@ -56,6 +56,7 @@ class _Both:
 
 class _Now:
     step, teacher_temp, momentum, local_weight, gram_weight = 0, 0.04, 0.996, 1.0, 1.0
+    gram_counts = True
 
 
 def test_next_micro_batch_is_made_amid_the_step_and_one_is_held() -> None:
