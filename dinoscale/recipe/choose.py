@@ -6,53 +6,28 @@ Sources in the reasons: [C] code of DINO (arXiv:2104.14294) and its published ru
 from __future__ import annotations
 
 import math
-import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from data_tools.set_facts import SetFacts
 from dinoscale.config import ModelConfig
 from dinoscale.convert.card import BackboneCard, BackboneShape
 from dinoscale.errors import ConfigError
+from dinoscale.recipe.cautions import cautions
+from dinoscale.recipe.pixels import pixels_of_set, pixels_of_weights
+from dinoscale.recipe.preset import Recipe, Setting
 
 MODELS = ("s", "b", "l")
 _PUBLISHED_IMAGES = 1_281_167  # of ImageNet-1k, for which the presets were made
 _PUBLISHED_SIDE = 224
 _STEPS = 50_000  # 40 epochs of ImageNet-1k with 1024 images a step
 _EPOCHS = (100, 800)  # shortest and longest published run on ImageNet-1k
-_FEW = 20_000  # images, below which released weights are the better start
-_COPIES = 0.01  # share of copies in the whole set from which they are worth a warning
-_UNSEEN = 0.25  # share of copies that a sample must not overlook
-_COLORED = 0.01  # share of images with color, up to which a set is gray
-_BOTH = 0.05  # share of gray and of colored images, from which a set is a mixture
 _PATCHES = 16  # along a global crop of DINOv2 and DINOv3
 _PHASES = (20, 50)  # epochs of base/adapt.yaml, of
 _EPOCH_STEPS = 500  # steps each
-_MOST_PASSES = (
-    200  # over the images when going on, where published runs from scratch make 100 to 800
-)
+_MOST_PASSES = 200  # over all images when going on; published runs from scratch make 100 to 800
 _GUARDED = 50  # measurements of the guard in a run from scratch, and
 _LEAST_GUARD_STEPS = 100  # steps between two of any run: each writes a checkpoint
-_LEAST_STD = 0.004  # a level of 255, in which pixels are counted
 _MASK_GROUP = 4  # ibot.mask_group of base/adapt.yaml
-_BAD = 0.001  # default of data.max_bad_fraction
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A value of the preset."""
-
-    key: str  # section.key
-    value: object
-    why: str
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A preset: what it inherits from, what it changes, and what to look at first."""
-
-    base: str
-    settings: tuple[Setting, ...]
-    cautions: tuple[str, ...]
 
 
 def choose(
@@ -80,12 +55,15 @@ def choose(
         raise ConfigError(f"--gpus {gpus}: need at least 1")
     if card is None:
         base, settings = _from_scratch(facts, model=model, gpus=gpus)
+        found = cautions(facts)
     else:
         assert weights is not None
         if model is not None:
             raise ConfigError(f"--model {model}: --from {weights} says which model it is")
+        crop = _PATCHES * _patch_of(weights, card)
         base, settings = _going_on(facts, weights, card, gpus=gpus)
-    return Recipe(base, tuple(settings), tuple(_cautions(facts, card)))
+        found = cautions(facts, card=card, crop=crop)
+    return Recipe(base, tuple(settings), tuple(found))
 
 
 def _from_scratch(facts: SetFacts, *, model: str | None, gpus: int) -> tuple[str, list[Setting]]:
@@ -119,7 +97,7 @@ def _from_scratch(facts: SetFacts, *, model: str | None, gpus: int) -> tuple[str
             "train.micro_batch_size", "auto", "the largest that fits, found before the training"
         ),
         *_momentum(batch, epochs * steps),
-        *_pixels(facts, channels=_channels(facts), why=_why_channels(facts)),
+        *pixels_of_set(facts),
         *_guard(
             facts,
             every_steps=epochs * steps // _GUARDED,
@@ -214,12 +192,7 @@ def _going_on(
     facts: SetFacts, weights: str, card: BackboneCard, *, gpus: int
 ) -> tuple[str, list[Setting]]:
     shape = card.backbone
-    layers, patch = _layers(shape), _patch_of(card)
-    if patch is None:
-        raise ConfigError(
-            f"--from {weights}: a {shape.name} has no patches, which the recipe for going on masks;"
-            " choose weights of a ViT"
-        )
+    layers, patch = _layers(shape), _patch_of(weights, card)
     base = "adapt_dinov3_vits16" if _model_of(card).rotates else "adapt_dinov2_vits14"
     batch = _batch(facts.images, gpus, group=_MASK_GROUP, most=768)
     settings = [
@@ -242,7 +215,7 @@ def _going_on(
         ),
         Setting("train.micro_batch_size", "auto", "the largest that fits"),
         Setting("train.steps_per_epoch", *_epoch_steps(facts.images, batch)),
-        *_pixels_of(card, facts),
+        *pixels_of_weights(card, facts),
         Setting("eval.resize", card.resize, "theirs"),
         Setting("eval.crop", card.crop, "theirs"),
         *_guard(
@@ -269,9 +242,15 @@ def _epoch_steps(images: int, batch: int) -> tuple[int, str]:
     )
 
 
-def _patch_of(card: BackboneCard) -> int | None:
-    """Pixels along a side, of the card or of the name of its model; None without patches."""
-    return _model_of(card).effective_patch_size
+def _patch_of(weights: str, card: BackboneCard) -> int:
+    """Pixels along a side of a patch, of the card or of the name of its model."""
+    patch = _model_of(card).effective_patch_size
+    if patch is None:
+        raise ConfigError(
+            f"--from {weights}: a {card.backbone.name} has no patches, which the recipe for going"
+            " on masks; choose weights of a ViT"
+        )
+    return patch
 
 
 def _model_of(card: BackboneCard) -> ModelConfig:
@@ -279,189 +258,7 @@ def _model_of(card: BackboneCard) -> ModelConfig:
     return ModelConfig.model_validate({"backbone": shape.name, **_layers(shape)})
 
 
-def _pixels_of(card: BackboneCard, facts: SetFacts) -> list[Setting]:
-    """Channels and normalisation of the weights, unless files cannot be read as such channels."""
-    channels = card.backbone.in_chans
-    if channels == 1 < _channels(facts) and _readable_as(3, facts):
-        why = "the images have color, which the one channel of the weights would drop"
-        return _pixels(facts, channels=3, why=why)
-    if not _readable_as(channels, facts):
-        why = (
-            f"as stored: such files cannot be read as the {channels} of the weights, whose first"
-            " layer is adapted; each channel gets the mean of theirs"
-        )
-        return _pixels(facts, channels=facts.channels, why=why)
-    found = [
-        Setting("data.channels", channels, "theirs"),
-        Setting("data.mean", list(card.mean), "theirs: their first layer has learned with it"),
-        Setting("data.std", list(card.std), "theirs"),
-        *_color_ops(channels),
-    ]
-    return found if facts.max_pixel_value is None else [*found, _white(facts.max_pixel_value)]
-
-
-def _readable_as(channels: int, facts: SetFacts) -> bool:
-    """Whether a decoder makes so many channels of most files."""
-    if channels == facts.channels:
-        return True
-    return {channels, facts.channels} <= {1, 3} and not facts.arrays
-
-
 def _layers(shape: BackboneShape) -> dict[str, object]:
     """What `model` says of a backbone beside its name, where it is not the name's own."""
     values = {key: value for key, value in asdict(shape).items() if value is not None}
     return {key: values[key] for key in ModelConfig.model_fields if key in values}
-
-
-def _pixels(facts: SetFacts, *, channels: int, why: str) -> list[Setting]:
-    mean, std = list(facts.mean), list(facts.std)
-    if channels == 1:
-        mean, std = mean[:1], std[:1]
-    found = [
-        Setting("data.channels", channels, why),
-        Setting("data.mean", mean, f"of {facts.sample - facts.unreadable} of the images"),
-        Setting(
-            "data.std",
-            [max(value, _LEAST_STD) for value in std],
-            "likewise" if min(std) >= _LEAST_STD else "likewise, but at least a level of 255",
-        ),
-        *_color_ops(channels),
-    ]
-    return found if facts.max_pixel_value is None else [*found, _white(facts.max_pixel_value)]
-
-
-def _color_ops(channels: int) -> list[Setting]:
-    if channels in (1, 3):
-        return []
-    return [Setting("data.color_ops_on", "device", "colors of other channels change there only")]
-
-
-def _channels(facts: SetFacts) -> int:
-    """Channels for the set: one where nearly all is gray."""
-    if facts.channels not in (1, 3) or facts.arrays:
-        return facts.channels
-    return 1 if 1 - facts.colorless <= _COLORED else 3
-
-
-def _why_channels(facts: SetFacts) -> str:
-    if _channels(facts) == 1 and facts.channels == 3:
-        return "the images of the sample are gray, though stored with three channels"
-    if _channels(facts) == 3 and facts.channels == 1:
-        return "most files are gray; RGB holds the colored ones, too"
-    return "as stored in most files"
-
-
-def _white(value: float) -> Setting:
-    return Setting("data.max_pixel_value", value, "white, by the highest pixel: check it")
-
-
-def _cautions(facts: SetFacts, card: BackboneCard | None) -> list[str]:
-    found = [] if card is None else _cautions_on(facts, card)
-    if card is None and facts.images < _FEW:
-        found.append(
-            f"{facts.images:,} images are few to learn from scratch: released weights are the"
-            " better start where they fit the images (--from WEIGHTS)."
-        )
-    found += _cautions_of_copies(facts)
-    if facts.unreadable > _BAD * facts.sample:
-        found.append(
-            f"{facts.unreadable} of {facts.sample} images cannot be read: see `dinoscale data"
-            f" inspect-shards {shlex.quote(facts.spec)}`, remove them, or raise"
-            " data.max_bad_fraction, above which a run ends."
-        )
-    if flat := [number for number, value in enumerate(facts.std) if value < _LEAST_STD]:
-        found.append(
-            f"channels {flat}, counted from 0, are nearly the same in all pixels of the sample: are"
-            " these the right images, and is data.max_pixel_value their white?"
-        )
-    if facts.mixed_scales:
-        found.append(
-            f"{facts.mixed_scales}: no one number is white, so that each image is scaled by its own"
-            " range, and brightness does not compare between images. Store them on one scale from"
-            " 0, and set data.max_pixel_value."
-        )
-    return [*found, *_cautions_of_channels(facts, card), *_cautions_of_labels(facts)]
-
-
-def copies_of_the_set(facts: SetFacts) -> tuple[float, float, float]:
-    """Share of copies in the whole set, and an interval of about 95 %.
-
-    A copy shows only if its original is in the sample, too. A pair of N images is with n of them
-    with probability n (n - 1) / (N (N - 1)), so that c pairs stand for c N (N - 1) / (n (n - 1)).
-    The interval is that of a Poisson number, c + 2 -+ 2 sqrt(c + 1). Many copies of one image make
-    more pairs than copies: then the estimate is too high, and ends at 1.
-    """
-    read, whole = facts.sample - facts.unreadable, facts.images
-    if facts.sample == whole or read < 2:
-        return (facts.copies / max(read, 1),) * 3
-    each = (whole - 1) / (read * (read - 1))  # share of the set that a pair stands for
-    middle, spread = facts.copies + 2, 2 * math.sqrt(facts.copies + 1)
-    low, high = (min(pairs * each, 1.0) for pairs in (middle - spread, middle + spread))
-    return min(facts.copies * each, 1.0), low, high
-
-
-def _cautions_of_copies(facts: SetFacts) -> list[str]:
-    share, low, high = copies_of_the_set(facts)
-    command = f"`dinoscale data deduplicate {shlex.quote(facts.spec)}`"
-    if share > _COPIES:
-        whole = f"about {share:.0%} of the whole set are copies ({low:.0%} to {high:.0%})"
-        if low == high:
-            whole = "all were looked at"
-        return [
-            f"{facts.copies} of {facts.sample} images look like another one of them; {whole}: see"
-            f" {command}."
-        ]
-    if high > _UNSEEN:
-        enough = math.ceil(math.sqrt(4 * facts.images / _UNSEEN) / 1000) * 1000
-        return [
-            f"{facts.sample} of {facts.images:,} images do not show copies, of which there may be"
-            f" many: look at more (--images {enough}), or see {command}."
-        ]
-    return []
-
-
-def _cautions_of_channels(facts: SetFacts, card: BackboneCard | None) -> list[str]:
-    """Files that are not as most, and colors that are dropped."""
-    if facts.channels not in (1, 3) or facts.arrays:
-        return [
-            f"some files have other channels than {facts.channels}: those of arrays cannot be read"
-            " then, and pictures lose their color where that is 1."
-        ] * bool(facts.other_channels)
-    read = facts.sample - facts.unreadable
-    colored = round((1 - facts.colorless) * read)
-    gray = f"{read - colored} of {read} images are gray, {colored} have color"
-    channels = _channels(facts) if card is None else card.backbone.in_chans
-    if channels == 1 == _channels(facts) and colored:
-        return [f"{gray}, which data.channels=1 drops; 3 keeps it."]
-    if min(colored, read - colored) > _BOTH * read:
-        return [f"{gray}: all are read as RGB, and features may group them by that alone."]
-    return []
-
-
-def _cautions_of_labels(facts: SetFacts) -> list[str]:
-    found = []
-    if facts.classes > 1:
-        found.append(
-            f"there are {facts.classes} classes: set eval.train and eval.test to labelled images"
-            " that are kept apart from these, and the run measures k-NN."
-        )
-    return found
-
-
-def _cautions_on(facts: SetFacts, card: BackboneCard) -> list[str]:
-    """What going on from weights does to the images."""
-    found, channels = [], card.backbone.in_chans
-    if not _readable_as(channels, facts):
-        found.append(
-            f"the weights see {channels} channels and the images have {facts.channels}: the first"
-            " layer starts as the mean over the channels of the weights, so that what it knows of"
-            " color is lost."
-        )
-    side, crop = facts.short_side[1], _PATCHES * (_patch_of(card) or 1)
-    if side * 4 < crop * 3:
-        found.append(
-            f"crops of {crop} px enlarge the images, {side} px in the median, {crop / side:.2g}"
-            f" times, as the patches of the weights have {crop // _PATCHES} px. Fewer patches"
-            " (crops.global_size) are cheaper and coarser; from scratch, patches can be smaller."
-        )
-    return found

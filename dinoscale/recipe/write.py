@@ -19,7 +19,8 @@ from dinoscale.data.shards.remote import is_remote
 from dinoscale.data.sources.source import open_source
 from dinoscale.data.sources.synthetic import PREFIX
 from dinoscale.errors import ConfigError, DinoscaleError
-from dinoscale.recipe.choose import Recipe, Setting, choose
+from dinoscale.recipe.choose import choose
+from dinoscale.recipe.preset import Recipe, Setting
 
 log = logging.getLogger(__name__)
 
