@@ -21,7 +21,7 @@ def pixels_of_weights(card: BackboneCard, facts: SetFacts) -> list[Setting]:
             f"as stored: such files cannot be read as the {channels} of the weights, whose first"
             " layer is adapted; each channel gets the mean of theirs"
         )
-        return _pixels(facts, channels=facts.channels, why=why)
+        return _pixels(facts, channels=channels_of(facts), why=why)
     found = [
         Setting("data.channels", channels, "theirs"),
         Setting("data.mean", list(card.mean), "theirs: their first layer has learned with it"),

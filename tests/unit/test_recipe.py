@@ -211,6 +211,8 @@ def test_color_among_gray_images_is_kept(tmp_path: Path) -> None:
     assert "11 of 20 images are gray, 9 have color" in "\n".join(choose(facts).cautions)
     gray_card = replace(RGB_CARD, backbone=replace(RGB_CARD.backbone, in_chans=1))
     assert _values(_on(facts, gray_card))["data.channels"] == 3
+    bands_card = replace(RGB_CARD, backbone=replace(RGB_CARD.backbone, in_chans=13))
+    assert _values(_on(facts, bands_card))["data.channels"] == 3
     few = replace(IMAGENET, channels=1, colorless=0.995)
     assert _chosen(few)["data.channels"] == 1
     assert _chosen(replace(few, arrays=200, channels=3))["data.channels"] == 3
