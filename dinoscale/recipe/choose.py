@@ -25,8 +25,8 @@ _PATCHES = 16  # along a global crop of DINOv2 and DINOv3
 _PHASES = (20, 50)  # epochs of base/adapt.yaml, of
 _EPOCH_STEPS = 500  # steps each
 _MOST_PASSES = 200  # over all images when going on; published runs from scratch make 100 to 800
-_GUARDED = 50  # measurements of the guard in a run from scratch, and
-_LEAST_GUARD_STEPS = 100  # steps between two of any run: each writes a checkpoint
+_GUARDED = 50  # measurements of the guard in a run, about
+_LEAST_GUARD_STEPS = 100  # between two of them
 _MASK_GROUP = 4  # ibot.mask_group of base/adapt.yaml
 
 
@@ -100,9 +100,10 @@ def _from_scratch(facts: SetFacts, *, model: str | None, gpus: int) -> tuple[str
         *pixels_of_set(facts),
         *_guard(
             facts,
-            every_steps=epochs * steps // _GUARDED,
-            why="fifty times a run, or every 100 steps [D]: a teacher whose features lose a tenth"
-            " of their effective rank is a warning (guard.on_fall), which needs no labels",
+            epochs=epochs,
+            epoch_steps=steps,
+            why="a teacher whose features lose a tenth of their effective rank is a warning"
+            " (guard.on_fall), which needs no labels",
         ),
     ]
     return f"vit_{model}16", settings
@@ -148,12 +149,17 @@ def _momentum(batch: int, steps: int) -> list[Setting]:
     return []  # 0.996, the preset's
 
 
-def _guard(facts: SetFacts, *, every_steps: int, why: str) -> list[Setting]:
+def _guard(facts: SetFacts, *, epochs: int, epoch_steps: int, why: str) -> list[Setting]:
     """The guard, on the images themselves, as no others are known; it compares at least two."""
     if facts.images < 2:
         return []
+    between = max(epochs // _GUARDED, math.ceil(_LEAST_GUARD_STEPS / epoch_steps))
     return [
-        Setting("guard.every_steps", max(every_steps, _LEAST_GUARD_STEPS), why),
+        Setting(
+            "guard.every_steps",
+            between * epoch_steps,
+            f"{between} epoch{'s' * (between > 1)} [D], which end with a checkpoint anyway: {why}",
+        ),
         Setting(
             "guard.images",
             facts.spec,
@@ -220,9 +226,10 @@ def _going_on(
         Setting("eval.crop", card.crop, "theirs"),
         *_guard(
             facts,
-            every_steps=_epoch_steps(facts.images, batch)[0],
-            why="an epoch here, or 100 steps [D]: features that get worse than those of the weights"
-            " are a warning (guard.on_fall), and the best teacher is kept as best.safetensors",
+            epochs=sum(_PHASES),
+            epoch_steps=_epoch_steps(facts.images, batch)[0],
+            why="features that get worse than those of the weights are a warning (guard.on_fall),"
+            " and the best teacher is kept as best.safetensors",
         ),
     ]
     return base, settings
