@@ -43,6 +43,7 @@ def judge(
             images, rule.measure, step, values, step, values, step, values, fall, identity
         )
     assert before is not None
+    before = _by_measure(before, rule.measure)
     fall = _fall(before, rule, values)
     after = replace(
         before,
@@ -57,6 +58,23 @@ def judge(
     if value is not None and not fall and value >= before.best.get(rule.measure, value):
         return replace(after, best_step=step, best=values, best_in="")
     return after
+
+
+def _by_measure(before: Guarded, measure: str) -> Guarded:
+    """With the best by this measure of what is known, in place of the best by another."""
+    if before.measure == measure:
+        return before
+    known = [
+        (before.start_step, before.start, before.start_in),
+        (before.best_step, before.best, before.best_in),
+    ]
+    if not before.fall and before.step >= 0:
+        known.append((before.step, before.values, ""))
+    measured = [one for one in known if measure in one[1]]
+    if not measured:
+        return before
+    step, values, folder = max(measured, key=lambda one: one[1][measure])
+    return replace(before, best_step=step, best=values, best_in=folder)
 
 
 def starts(before: Guarded | None, images: str, identity: str = "") -> bool:

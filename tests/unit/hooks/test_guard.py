@@ -81,6 +81,17 @@ def test_a_measure_that_could_not_be_taken_is_not_judged() -> None:
     assert "k-NN top-1 is 44, 12% below" in _judged(start, _rank(1.0), low, rule=by_knn).fall
 
 
+def test_another_measure_has_a_best_of_its_own() -> None:
+    start, best = {"rankme": 5.0, "knn_top1": 60.0}, {"rankme": 10.0, "knn_top1": 50.0}
+    by_knn = GuardConfig(every_steps=10, measure="knn_top1")
+    low = {"rankme": 12.0, "knn_top1": 53.0}
+    fall = judge(_judged(start, best), by_knn, step=20, values=low, images="a")
+    assert fall.fall.startswith("its k-NN top-1 is 53, 12% below the best so far, 60 at step 0")
+    assert (fall.best_step, fall.measure) == (0, "knn_top1")
+    known = judge(_judged(_rank(5.0)), by_knn, step=10, values=low, images="a")
+    assert (known.best_step, known.fall) == (10, ""), "nothing was known by this measure"
+
+
 def test_other_images_begin_anew() -> None:
     known = judge(_judged(_rank(10.0)), RULE, step=10, values=_rank(1.0), images="b")
     assert (known.fall, known.start_step, known.best_step) == ("", 10, 10)
