@@ -72,6 +72,30 @@ def finish(progress: Progress, config: RunConfig, heartbeat: Callable[[], None])
         on_first_rank(partial(export_best, Path(config.run_dir)), heartbeat)
 
 
+def warn_of_old_weights(config: RunConfig) -> None:
+    """Say that `WEIGHTS` are of an earlier end, where a run ends without new ones; on rank 0."""
+    run_dir = Path(config.run_dir)
+    weights = _whole_run(run_dir) / WEIGHTS
+    if config.guard.every_steps is None or distributed.rank() != 0:
+        return
+    try:
+        written = weights.stat().st_mtime
+        newest = max((path.stat().st_mtime for path in checkpoints(run_dir)), default=0.0)
+    except (OSError, UnreadableError):  # mostly that there are no such weights
+        return
+    if newest > written:
+        log.warning(
+            "%s is of an earlier end of this run, and may not be the best; `dinoscale checkpoint"
+            " list %s` names the best checkpoint, which `dinoscale convert` exports",
+            *(weights, run_dir),
+        )
+
+
+def _whole_run(run_dir: Path) -> Path:
+    """Directory of the run that a phase is of; of another run, its own."""
+    return run_dir.parent.parent if run_dir.parent.name == PHASES else run_dir
+
+
 def export_best(run_dir: Path, heartbeat: Callable[[], None] = lambda: None) -> Path | None:
     """Write the teacher of the best checkpoint to `WEIGHTS`, in place of an earlier best.
 
@@ -84,7 +108,7 @@ def export_best(run_dir: Path, heartbeat: Callable[[], None] = lambda: None) -> 
     Returns:
         The file; None with a warning if there is no best checkpoint, or it cannot be exported.
     """
-    whole = run_dir.parent.parent if run_dir.parent.name == PHASES else run_dir
+    whole = _whole_run(run_dir)
     target = whole / WEIGHTS
     try:
         best = best_checkpoint(*(phase_directories(whole) or [whole]))

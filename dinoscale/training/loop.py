@@ -42,7 +42,7 @@ from dinoscale.runtime.opening import on_all_ranks, on_first_rank
 from dinoscale.runtime.preemption import StopRequest
 from dinoscale.runtime.versions import versions
 from dinoscale.runtime.watchdog import Watchdog
-from dinoscale.training.best import end_at_fall, finish, has_verdict
+from dinoscale.training.best import end_at_fall, finish, has_verdict, warn_of_old_weights
 from dinoscale.training.due import Due, due_after
 from dinoscale.training.feed import Feed, run_of_step
 from dinoscale.training.hooks.bad_steps import dump_bad_step
@@ -195,6 +195,7 @@ class Run:
         except Exception:
             self.watchdog.heartbeat()
             self._report(self.saver.wait(self.watchdog.heartbeat))
+            warn_of_old_weights(self.config)
             raise
 
     def _take_steps(self) -> None:

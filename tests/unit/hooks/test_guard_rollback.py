@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,21 @@ def test_an_export_gives_heartbeats_and_costs_the_best_weights_alone(
     monkeypatch.setattr(best, "convert", convert)
     assert export_best(run_dir, lambda: beats.append(None)) is None
     assert beats
+
+
+def test_weights_of_an_earlier_end_do_not_pass_for_the_best(
+    run_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_config(str(run_dir), guard={"every_steps": 2, "images": "a"})
+    best.warn_of_old_weights(config)  # there are none
+    weights = run_dir / best.WEIGHTS
+    weights.write_bytes(b"")
+    os.utime(weights, (4e9, 4e9))
+    best.warn_of_old_weights(config)
+    assert not caplog.records
+    os.utime(weights, (1e9, 1e9))
+    best.warn_of_old_weights(config)
+    assert "is of an earlier end of this run" in caplog.text
 
 
 def test_the_best_is_that_of_the_guard(run_dir: Path) -> None:
