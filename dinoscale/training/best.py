@@ -116,18 +116,16 @@ def export_best(run_dir: Path, heartbeat: Callable[[], None] = lambda: None) -> 
             log.warning("no checkpoint was measured by the guard: there are no best weights")
             return None
         convert(best.path, target, to="dino", overwrite=True, heartbeat=heartbeat)
-    except (
-        DinoscaleError,
-        MemoryError,
-        RuntimeError,
-    ) as error:  # of torch; the run has its weights
+    except (DinoscaleError, MemoryError, RuntimeError) as error:  # the last of torch
         log.warning("the best weights are not exported: %s", error)
         return None
     log.info("the best weights are those of %s: %s", best.path, target)
     return target
 
 
-def set_back(run_dir: Path, *, step: int) -> list[Path]:
+def set_back(
+    run_dir: Path, *, step: int, heartbeat: Callable[[], None] = lambda: None
+) -> list[Path]:
     """Rename the checkpoints after `step`, so that a resume begins there; earlier ones go.
 
     Returns:
@@ -148,7 +146,8 @@ def set_back(run_dir: Path, *, step: int) -> list[Path]:
             moved.append(path.rename(aside))
     for path in of_earlier:
         if path not in moved:
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
+            heartbeat()
     return moved
 
 
@@ -199,7 +198,7 @@ def _export_and_set_back(
     export_best(run_dir, heartbeat)
     try:
         if roll_back:
-            set_back(run_dir, step=best.step)
+            set_back(run_dir, step=best.step, heartbeat=heartbeat)
     except OSError as error:
         raise RunFailedError(
             f"cannot go back to the best checkpoint, {best.path}: {error}; rename the later ones by"

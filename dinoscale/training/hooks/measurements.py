@@ -11,7 +11,7 @@ from dinoscale.checkpoint.progress import Guarded, Progress
 from dinoscale.checkpoint.retention import read_summary
 from dinoscale.config import RunConfig
 from dinoscale.engine.teacher import Teacher
-from dinoscale.errors import DinoscaleError
+from dinoscale.errors import UnreadableError
 from dinoscale.runtime import distributed
 from dinoscale.runtime.outputs import PHASES
 from dinoscale.training.due import Due
@@ -36,9 +36,10 @@ def _carried(config: RunConfig, held_out: HeldOut) -> Guarded | None:
     try:
         newest = [path] if is_checkpoint(path) else newest_first(run_with_checkpoints(path))
         known = read_summary(newest[0]).guarded if newest else None
-    except (OSError, DinoscaleError) as error:
-        log.warning("the guard begins anew: %s cannot be read: %s", before, error)
-        return None
+    except OSError as error:  # a new start instead would be for good
+        raise UnreadableError(
+            f"{before} cannot be read, whose best the guard goes on from"
+        ) from error
     if known is None or starts(known, held_out.images, held_out.identity):
         return None
     run_dir = newest[0].parent.parent
@@ -85,7 +86,10 @@ class Measurements:
         """Give a new run the start and the best of the one whose teacher it goes on with.
 
         That is the run of train.continue_from, and for a phase the one before. Nothing is carried
-        where that run measured other images, or cannot be read; all ranks call it.
+        where that run measured other images; all ranks call it.
+
+        Raises:
+            UnreadableError: on every rank, if that run cannot be read now.
         """
         held_out = self._held_out
         if held_out is not None:

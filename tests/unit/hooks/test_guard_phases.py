@@ -9,10 +9,10 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from dinoscale.checkpoint.layout import directory
+from dinoscale.checkpoint.layout import STATE_FILE, directory
 from dinoscale.checkpoint.progress import Guarded, Progress
 from dinoscale.config import RunConfig, parse_config, phases_of
-from dinoscale.errors import RunFailedError
+from dinoscale.errors import RunFailedError, UnreadableError
 from dinoscale.training import best
 from dinoscale.training.best import best_checkpoint, export_best, finish
 from dinoscale.training.due import due_after
@@ -125,6 +125,19 @@ def test_a_phase_with_other_images_begins_anew(tmp_path: Path) -> None:
     assert progress.guarded is None
     _measurements(first, identity="one").carry_over(progress)  # begins from no run
     assert progress.guarded is None
+
+
+def test_a_phase_does_not_begin_anew_while_the_one_before_cannot_be_read(tmp_path: Path) -> None:
+    first, second = phases_of(_config(tmp_path))
+    _store(first, STEPS, _known(STEPS))
+    state = directory(Path(first.run_dir), STEPS) / STATE_FILE
+    kept = state.read_bytes()
+    state.unlink()
+    state.mkdir()  # an error of reading, as of a file system that is away
+    with pytest.raises(UnreadableError):
+        _measurements(second).carry_over(Progress())
+    state.rmdir()
+    state.write_bytes(kept)
 
 
 def test_the_best_of_all_phases_is_exported_to_the_run(
