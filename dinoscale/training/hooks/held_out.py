@@ -182,7 +182,8 @@ class HeldOut:
         found: Tensor
         try:
             with safe_open(self._path, framework="pt") as file:
-                metadata, found = file.metadata() or {}, file.get_tensor(_NEIGHBOURS)
+                metadata = file.metadata() or {}
+                found: Tensor = file.get_tensor(_NEIGHBOURS)
         except (OSError, SafetensorError, KeyError) as error:
             log.warning("no agreement with the start: %s cannot be read: %s", self._path, error)
             return None
