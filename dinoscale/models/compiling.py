@@ -55,7 +55,16 @@ class Compiled(Generic[P, R]):
         options: dict[str, Any] = {}
         if "recompile_limit" in inspect.signature(torch.compile).parameters:  # of newer versions
             options["recompile_limit"] = _MOST_GRAPHS
+        else:
+            _allow_graphs()
         return torch.compile(self._function, dynamic=self._dynamic, backend=_compile, **options)
+
+
+def _allow_graphs() -> None:
+    """Raise torch's limit for all functions of this process, as older versions have no other."""
+    config: Any = torch._dynamo.config
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    setattr(config, name, max(getattr(config, name), _MOST_GRAPHS))
 
 
 def _compile(graph: fx.GraphModule, inputs: list[Any]) -> Any:

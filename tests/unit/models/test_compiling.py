@@ -105,6 +105,23 @@ def test_every_size_of_a_mixture_has_its_graph() -> None:
 
 
 @pytest.mark.usefixtures("_traced")
+def test_an_older_torch_also_keeps_more_graphs_than_its_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compile_ = torch.compile
+
+    def without_limit(function: Any, *, dynamic: bool, backend: Any) -> Any:
+        return compile_(function, dynamic=dynamic, backend=backend)
+
+    monkeypatch.setattr(torch, "compile", without_limit)
+    doubled: Compiled[[Tensor], Tensor] = Compiled(lambda x: 2 * x, name="sums", dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=8):  # its own, and again afterwards
+        for length in range(2, 2 + 9):
+            doubled(torch.ones(length))
+    assert _graphs() == 9
+
+
+@pytest.mark.usefixtures("_traced")
 def test_subsets_of_all_sizes_share_a_few_graphs() -> None:
     model = _vit()
     model.subset_rate = 0.5
