@@ -396,6 +396,12 @@ class RunConfig(Section):
         if self.gram.loss_weight and self.gram.crop_size is not None:
             sizes["gram.crop_size"] = self.gram.crop_size
         mistakes = not_whole_patches(sizes, patch)
+        of_gram = sizes.get("gram.crop_size", crops.global_size)
+        if of_gram < crops.global_size:
+            mistakes.append(
+                f"gram.crop_size: {of_gram} px show the Gram network less than the student sees in "
+                f"global crops of {crops.global_size} px; give at least as many, or leave it out"
+            )
         if self.ibot.loss_weight:
             mistakes += self.ibot.mistakes(size=crops.global_size, patch_size=patch)
         subsets = self.model.drop_path_mode == "subset" and self.model.drop_path_rate > 0

@@ -522,6 +522,11 @@ def test_koleo_has_a_group_size_with_groups_only() -> None:
             "gram.crop_size: 450 px is not a multiple of the patch size 16 px; nearest: 448 or 464",
         ),
         (
+            {"teacher": "w.pth", "crop_size": 208},
+            "gram.crop_size: 208 px show the Gram network less than the student sees in global "
+            "crops of 224 px; give at least as many, or leave it out",
+        ),
+        (
             {"teacher": "w.pth", "tokens": "masked", "compare": "across_crops"},
             "gram.tokens: 'masked' needs masks, and ibot.loss_weight is 0; set it to 'all'",
         ),

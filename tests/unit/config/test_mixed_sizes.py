@@ -106,6 +106,10 @@ def test_a_mixture_that_is_taken_back_needs_sizes_in_its_place(tmp_path: Path) -
             "item 1 of the list: gram_crop_size: 50 px is not a multiple of the patch size 4 px",
         ),
         (
+            [_override(SMALL | {"gram_crop_size": 28}, LARGE)],
+            "item 1 of the list: gram_crop_size: 28 px show the Gram network less than the student",
+        ),
+        (
             [_override(SMALL | {"global_size": 12}, LARGE)],
             "item 1 of the list: global_size: 12 px are 3 x 3 patches of 4 px, which are too few",
         ),
