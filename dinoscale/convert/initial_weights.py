@@ -1,16 +1,17 @@
 """`train.init_from`, `gram.teacher`: weights of any source, adapted to a run before its first step.
 
 Position embeddings are resized as the forward resizes them, bicubic and by the reference's rule, so
-that features at the new size are those of the source's backbone at that size. If the number of
-input channels differs, each of the C channels of the first layer gets the mean over the source's C'
-channels times C' / C: a gray image has the same response as before. timm cycles through the
-channels with the same factor; the mean does not depend on their order.
+that features at the new size are those of the source's backbone at that size, see `step_zero`. If
+the number of input channels differs, each of the C channels of the first layer gets the mean over
+the source's C' channels times C' / C: a gray image has the same response as before. timm cycles
+through the channels with the same factor; the mean does not depend on their order.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from dinoscale.convert.card import BackboneCard
 from dinoscale.convert.coverage import Coverage, coverage_of
 from dinoscale.convert.formats.special_tokens import slot_added, slot_removed
 from dinoscale.convert.source import read_source
+from dinoscale.convert.step_zero import compare_at_start
 from dinoscale.convert.weights import Weights
 from dinoscale.convert.weights_file import build
-from dinoscale.engine.build import InitialWeights, shapes_only
+from dinoscale.engine.build import InitialWeights, StepZero, shapes_only
 from dinoscale.errors import CheckpointError, ConfigError
 from dinoscale.models.block import KeylessBias
 from dinoscale.models.heads import DinoHead
@@ -57,10 +59,10 @@ def read_initial_weights(
         return None
     plain = config.model_copy(update={"lora": LoraConfig()})  # adapters begin anew
     network = shapes_only(plain)
-    weights, state, coverage = _read_backbone(
+    weights, state, coverage, step_zero = _read_backbone(
         path, network.backbone, config, heartbeat, key="train.init_from"
     )
-    heads = {}
+    heads: dict[str, dict[str, Tensor]] = {}
     if config.train.init_head:
         heads["head"] = _fitted_head(weights.head, network.head, config, section="head")
         if network.patch_head is not None:
@@ -72,7 +74,7 @@ def read_initial_weights(
     elif weights.head or weights.patch_head:
         log.info("the projection head of %s is left out; train.init_head=true takes it", path)
     log.info("starting from %s: %s of its backbone", path, coverage)
-    return InitialWeights(state, **heads)
+    return InitialWeights(state, **heads, step_zero=step_zero)
 
 
 def initial_weights_caution(config: RunConfig, then: Mapping[str, Any]) -> str | None:
@@ -112,7 +114,7 @@ def read_gram_weights(
     if path is None or distributed.rank() != 0:
         return None
     target = shapes_only(config).backbone
-    _, state, coverage = _read_backbone(path, target, config, heartbeat, key="gram.teacher")
+    _, state, coverage, _ = _read_backbone(path, target, config, heartbeat, key="gram.teacher")
     log.info("the Gram network is that of %s: %s of its backbone", path, coverage)
     return state
 
@@ -124,15 +126,18 @@ def _read_backbone(
     heartbeat: Callable[[], None],
     *,
     key: str,
-) -> tuple[Weights, dict[str, Tensor], Coverage]:
-    """The weights at `path`, those that fit `target`, and how many these are.
+) -> tuple[Weights, dict[str, Tensor], Coverage, StepZero]:
+    """The weights at `path`, those that fit `target`, how many these are, and what they compute.
 
     Args:
         path: any source.
-        target: the run's backbone, on the meta device.
+        target: the run's backbone, on the meta device; it gets the tensors.
         config: of the run.
         heartbeat: called regularly.
         key: the setting that names the path.
+
+    Raises:
+        ConfigError: they do not fit, or the run's backbone would compute other features.
     """
     weights = read_source(path, heartbeat=heartbeat)
     try:
@@ -140,11 +145,17 @@ def _read_backbone(
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     state = _fitted_backbone(source, target, config, path=path, key=key)
-    _warn_if_norm_eps_differs(source, target, key)
     _warn_if_position_rules_differ(source, target, key)
-    _warn_if_key_biases_differ(source, target, key)
     _warn_if_normalisation_differs(weights.card, config, key)
-    return weights, state, coverage
+    side = config.crops.global_size
+    step_zero = compare_at_start(source, target, state, size=side, heartbeat=heartbeat)
+    if not step_zero.difference <= step_zero.bound:  # NaN is refused, too
+        raise ConfigError(
+            f"{key}: the run's backbone would not compute the features of {path}, but others that "
+            f"differ by {step_zero.difference:.2g} of their length, where rounding explains "
+            f"{step_zero.bound:.1g}; {_remedy(source, target)}"
+        )
+    return weights, state, coverage, step_zero
 
 
 def _fitted_backbone(
@@ -246,59 +257,43 @@ def _fitted_head(
     return state
 
 
-def _warn_if_norm_eps_differs(source: nn.Module, target: nn.Module, key: str) -> None:
-    """Warn if the epsilons of layer norms differ, as in files of transformers."""
-    there, here = (
-        {module.eps for module in network.modules() if isinstance(module, nn.LayerNorm)}
-        for network in (source, target)
-    )
+def _remedy(source: nn.Module, target: nn.Module) -> str:
+    """What to do if a run's backbone computes other features: settings that no tensor shows."""
+    wanted = []
+    there, here = _norm_eps(source), _norm_eps(target)
     if there != here:
-        log.warning(
-            "the layer norms of %s have epsilon %s, those of this run %s: features "
-            "are almost the same",
-            key,
-            *(", ".join(f"{eps:g}" for eps in sorted(found)) for found in (there, here)),
-        )
+        wanted += [f"model.norm_eps={eps:g}" for eps in there]
+    rope = getattr(source, "rope", None)
+    if rope is not None and rope != getattr(target, "rope", None):
+        values = {key: value for key, value in asdict(rope).items() if value is not None}
+        wanted += [f"model.rope.{key}={value}" for key, value in values.items()]
+    masked = _masks_key_bias(source)
+    if masked != _masks_key_bias(target):
+        wanted.append(f"model.mask_key_bias={str(masked).lower()}")
+    if wanted:
+        return f"set {' '.join(wanted)}, as it has"
+    return "no setting of model.* explains that: please report it, and what the file is"
+
+
+def _norm_eps(network: nn.Module) -> list[float]:
+    """The epsilons of the layer norms."""
+    return sorted({each.eps for each in network.modules() if isinstance(each, nn.LayerNorm)})
+
+
+def _masks_key_bias(network: nn.Module) -> bool:
+    return any(isinstance(module, KeylessBias) for module in network.modules())
 
 
 def _warn_if_position_rules_differ(source: nn.Module, target: nn.Module, key: str) -> None:
     """Warn if other sizes of images get other positions than in the source."""
     if not isinstance(target, VisionTransformer) or not isinstance(source, VisionTransformer):
         return
-    if source.rope != target.rope:
-        log.warning(
-            "the weights of %s have rotary positions of %s, and this run of %s: features differ",
-            key,
-            source.rope,
-            target.rope,
-        )
     there, here = source.position_resize, target.position_resize
     if there != here and target.rope is None:
         log.warning(
             "%s resizes positions %s, and this run %s: features of local crops differ"
             " by some percent; set model.position_resize=%s to keep them",
             *(key, there, here, there),
-        )
-
-
-def _warn_if_key_biases_differ(source: nn.Module, target: nn.Module, key: str) -> None:
-    """Warn if the keys' bias acts in one network alone; names and shapes do not show it.
-
-    With learned positions no softmax sees it.
-    """
-    if getattr(target, "rope", None) is None:
-        return
-    there, here = (
-        any(isinstance(module, KeylessBias) for module in network.modules())
-        for network in (source, target)
-    )
-    if there != here:
-        log.warning(
-            "the keys' bias of %s %s, and that of this run %s: features differ unless it is zero; "
-            "set model.mask_key_bias=%s to keep them",
-            key,
-            *("is masked" if masked else "acts" for masked in (there, here)),
-            str(there).lower(),
         )
 
 

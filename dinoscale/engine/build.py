@@ -32,6 +32,24 @@ from dinoscale.runtime import distributed
 
 
 @dataclass(frozen=True, eq=False)
+class StepZero:
+    """A backbone's features of a fixed picture at step 0, against those of the weights' source.
+
+    Attributes:
+        pictures: (1, C, S, S) float32, normalised pixels.
+        class_tokens: (1, D) float32, of the source; None of a ResNet, whose batch norm takes other
+            statistics in training.
+        difference: of the run's tokens in float32, over the length of the source's; the largest.
+        bound: what rounding explains of it.
+    """
+
+    pictures: Tensor
+    class_tokens: Tensor | None
+    difference: float
+    bound: float
+
+
+@dataclass(frozen=True, eq=False)
 class InitialWeights:
     """Weights of `train.init_from`, which replace random initialization.
 
@@ -39,11 +57,13 @@ class InitialWeights:
         backbone: every tensor of the backbone, on the CPU.
         head: every tensor of the projection head; None leaves it random.
         patch_head: every tensor of the patch tokens' own head; None leaves it random.
+        step_zero: what the backbone computes; None where nothing was compared.
     """
 
     backbone: Mapping[str, Tensor]
     head: Mapping[str, Tensor] | None = None
     patch_head: Mapping[str, Tensor] | None = None
+    step_zero: StepZero | None = None
 
     def by_name(self) -> dict[str, Tensor]:
         """All tensors by their names in the network."""

@@ -94,6 +94,16 @@ class _Seen:
         return weight_v.new_zeros(())
 
 
+class _ClassTokens(_Seen):
+    """Those of a forward, before the heads."""
+
+    tokens: Tensor  # (N, D) float32
+
+    def of_class_tokens(self, tokens: Tensor) -> None:
+        """Keep them."""
+        self.tokens = tokens.float()
+
+
 @dataclass
 class _Sums:
     """Over the targets of this rank's micro-batches of a step, for one kind of token.
@@ -346,6 +356,22 @@ class Teacher:
 
         distributed.together(set_all)
         self._weights.publish(self._shards)
+
+    @torch.no_grad()
+    def class_tokens(self, images: Tensor) -> Tensor:
+        """Class tokens (N, D) float32 of images (N, C, H, W), by the forward of a step; collective.
+
+        No rank gets a copy of all weights, and buffers keep their values. The heads run, too: at
+        stage 3 DeepSpeed expects the same layers in every forward.
+        """
+        before = [value.clone() for value in self.buffers().values()]
+        pixels, seen = images.to(compute_device(), self._compute_dtype), _ClassTokens(copies=False)
+        rows = None if self.patch_center is None else pixels.new_zeros(1, dtype=torch.int64)
+        with tensor_cores(self._compute_dtype, pixels.device):
+            self._weights.forward([pixels], None, seen, None, rows)
+        for value, old in zip(self.buffers().values(), before, strict=True):
+            value.copy_(old)
+        return seen.tokens
 
     def plain_network(self) -> DinoNetwork:
         """The teacher as an ordinary network in the compute dtype, for evaluation; collective."""

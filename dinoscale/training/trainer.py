@@ -76,6 +76,7 @@ from dinoscale.training.resume import (
     require_same_set,
     restore,
 )
+from dinoscale.training.step_zero import compare_features
 
 log = logging.getLogger(__name__)
 S = TypeVar("S", bound=Source)
@@ -255,6 +256,10 @@ def _build(
     student, teacher = _networks(
         config, plan, init_from, checkpoint, other, heartbeat=watchdog.heartbeat
     )
+    if checkpoint is None and config.train.init_from is not None:
+        watchdog.progress("comparing the features with those of train.init_from")
+        step_zero = None if init_from is None else init_from.step_zero
+        compare_features(config, teacher, step_zero)
     if teacher.gram is not None and begins_gram:
         _begin_gram(teacher.gram, config, plan, gram_from)
     del init_from, gram_from  # 4 bytes per weight, on rank 0

@@ -130,7 +130,8 @@ def test_without_a_guard_nothing_is_measured_or_written(root: Path) -> None:
 def test_a_healthy_run_is_silent_and_its_best_is_exported(root: Path) -> None:
     run = root / "silent"
     assert _ends(root, "silent") == ["done"]
-    assert _lines(run / "events.jsonl") == []
+    (event,) = _lines(run / "events.jsonl")
+    assert (event["event"], event["difference"]) == ("features compared", 0)
     ranks = _measured(run, "guard_rankme")
     assert [*ranks] == [0, 4, 8, 12]
     assert _measured(run, "guard_agreement")[0] == 1
@@ -146,7 +147,8 @@ def test_a_ruin_is_caught_at_the_first_measurement_and_stops_every_start(root: P
     assert second == first  # took no step
     assert third == "done"
     kinds = [(line["event"], line["step"]) for line in _lines(run / "events.jsonl")]
-    assert kinds[:5] == [
+    assert kinds[:6] == [
+        ("features compared", 0),
         *(("fall", EVERY), ("stopped", EVERY), ("resumed", EVERY), ("stopped", EVERY)),
         ("resumed", EVERY),
     ]

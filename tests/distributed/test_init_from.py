@@ -1,5 +1,7 @@
 """`train.init_from` on two ranks: step-0 features are the file's; read once; refused by all."""
 
+import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,10 @@ import pytest
 import torch
 
 from dinoscale.checkpoint.load import open_run
+from dinoscale.config import load_config
 from dinoscale.convert.weights_file import load_backbone
+from dinoscale.engine.build import build_networks
+from dinoscale.errors import ConfigError
 from tests.distributed.plain_run import NUMBERS
 from tests.distributed.tiny_run import tiny_config, tiny_plan
 from tests.e2e.hostile import SYNTHETIC, settings
@@ -17,6 +22,7 @@ from tests.ports import free_port
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
+RUNS = [(0, "fp32"), (3, "fp32"), (1, "bf16"), (3, "bf16")]  # stage and precision
 IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
@@ -24,11 +30,13 @@ def teacher_features(configs: list[dict[str, Any]]) -> list[Any]:
     """On every rank: the teacher's features of IMAGES at step 0, and further checks.
 
     The same for each of `configs`: whether the student agrees, whether this rank read the file,
-    whether it drew a number, and whether a trial, whose values do not matter, holds zeros.
+    whether it drew a number, whether a trial, whose values do not matter, holds zeros, and what is
+    said of a teacher with other weights.
     """
     from dinoscale.convert.initial_weights import read_initial_weights
     from dinoscale.engine.build import build_pair
     from dinoscale.runtime import distributed
+    from dinoscale.training.step_zero import compare_features
 
     found = []
     for changes in configs:
@@ -43,13 +51,19 @@ def teacher_features(configs: list[dict[str, Any]]) -> list[Any]:
         same = all(torch.equal(a, b) for a, b in zip(student.master, teacher.ema, strict=True))
         trial, _ = build_pair(config, tiny_plan(config), values=False)
         zeros = not any(part.any() for part in trial.master)
-        found.append([features, same, start is not None, drew, zeros])
+        step_zero = None if start is None else start.step_zero
+        compare_features(config, teacher, step_zero)
+        teacher.restore(lambda _name, _start, numel: torch.full((numel,), 0.01))
+        said = ""
+        try:
+            compare_features(config, teacher, step_zero)
+        except ConfigError as error:
+            said = str(error)
+        found.append([features, same, start is not None, drew, zeros, said])
     return found
 
 
 def test_step_0_features_are_those_of_the_file_at_any_stage(tmp_path: Path) -> None:
-    from dinoscale.engine.build import build_networks
-
     torch.manual_seed(5)
     _, network = build_networks(tiny_config(model={"embed_dim": 64, "num_heads": 1}))
     with torch.no_grad():
@@ -64,10 +78,12 @@ def test_step_0_features_are_those_of_the_file_at_any_stage(tmp_path: Path) -> N
     configs = [
         {
             "model": {"embed_dim": 64, "num_heads": 1},
+            "head": {"num_prototypes": 33, "hidden_dim": 22, "batch_norm": True},
             "train": {"init_from": str(path)},
-            "engine": {"zero_stage": stage, "precision": "fp32", "compile": False},
+            "engine": {"zero_stage": stage, "precision": precision, "compile": False},
+            "run_dir": str(tmp_path),
         }
-        for stage in (0, 3)
+        for stage, precision in RUNS
     ]
     per_rank = run_distributed(
         "tests.distributed.test_init_from:teacher_features",
@@ -76,10 +92,20 @@ def test_step_0_features_are_those_of_the_file_at_any_stage(tmp_path: Path) -> N
         configs=configs,
     )
     for rank, runs in enumerate(per_rank):
-        for features, same, read, drew, zeros in runs:
+        for (stage, precision), (features, same, read, drew, zeros, said) in zip(
+            RUNS, runs, strict=True
+        ):
             assert same
             assert (read, drew, zeros) == (rank == 0, rank == 0, True)
-            assert (features.double() - exact).abs().max() <= NUMBERS * of_rounding
+            if precision == "fp32":
+                assert (features.double() - exact).abs().max() <= NUMBERS * of_rounding
+            assert f"the teacher of ZeRO stage {stage} does not compute the features of" in said
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    for (_, precision), event, of_others in zip(RUNS, events[::2], events[1::2], strict=True):
+        assert (event["event"], event["difference"]) == ("features compared", 0)
+        least = {"fp32": 0.0, "bf16": 2.0**-12}[precision]
+        assert least <= event["sharded_difference"] < event["sharded_bound"] / 2
+        assert of_others["sharded_difference"] > event["sharded_bound"]
 
 
 def _train(*more: str, run_dir: Path) -> list[tuple[int, str]]:
@@ -101,16 +127,31 @@ def _train(*more: str, run_dir: Path) -> list[tuple[int, str]]:
     return [(process.returncode, end) for process, end in zip(ranks, ends, strict=True)]
 
 
+def _compared(run_dir: Path) -> dict[str, Any]:
+    """The event that compares the features at step 0, of which there is one."""
+    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    (found,) = [event for event in events if event["event"] == "features compared"]
+    assert found["difference"] <= found["bound"]
+    assert found["sharded_difference"] <= found["sharded_bound"]
+    return found
+
+
 def test_a_run_starts_from_another_and_resumes_without_it(tmp_path: Path) -> None:
-    for code, text in _train("train.stop_after_steps=1", run_dir=tmp_path / "first"):
+    first, bare = tmp_path / "first", tmp_path / "bare.pth"
+    network, _ = build_networks(load_config("vit_t16", settings(run_dir=first)))
+    state = {"teacher": network.backbone.state_dict(), "args": argparse.Namespace(num_heads=1)}
+    torch.save(state, bare)
+    from_file = (f"train.init_from={bare}", "engine.zero_stage=3")
+    for code, text in _train(*from_file, "train.stop_after_steps=1", run_dir=first):
         assert code == 0, text
-    first = tmp_path / "first"
+    assert _compared(first)["source"] == str(bare)
     more = (f"train.init_from={first}", "train.init_head=true", "train.epochs=2")
     more += ("lora.rank=2", "anchor.class_weight=1.0")  # the rest is in the checkpoint then, too
     started = _train(*more, "train.stop_after_steps=1", run_dir=tmp_path / "second")
     assert [code for code, _ in started] == [0, 0], started
     assert f"starting from {first}" in started[0][1]
     assert open_run(tmp_path / "second").state["config"]["train"]["init_from"] == str(first)
+    assert _compared(tmp_path / "second")["source"] == str(first)
     first.rename(tmp_path / "moved")
     for code, text in _train(*more, run_dir=tmp_path / "second"):
         assert code == 0, text

@@ -4,19 +4,21 @@
 with the outputs of the reference and of transformers.
 """
 
+import argparse
 import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
+from dinoscale.config import ModelConfig, load_config
 from dinoscale.convert.conversion import convert
 from dinoscale.convert.coverage import coverage_of
 from dinoscale.convert.formats.to_hf import reopen_hf
@@ -26,11 +28,13 @@ from dinoscale.convert.load_backbone import Backbone, load_backbone
 from dinoscale.convert.parity import MAX_DIFFERENCE
 from dinoscale.convert.source import read_source
 from dinoscale.convert.weights_file import build_head, expected_tensors
-from dinoscale.engine.build import build_networks
+from dinoscale.engine.build import build_networks, shapes_only
 from dinoscale.errors import CheckpointError, ConversionError
 from dinoscale.models._torchvision import ensure_torchvision
+from dinoscale.models.block import KeylessBias
 from dinoscale.models.rope import Rope
 from dinoscale.models.vit import VisionTransformer
+from dinoscale.models.zoo import build_backbone
 from tests.distributed.tiny_run import tiny_config
 from tests.golden23.recorded import RecordedRun, recorded_run
 from tests.golden23.reference_names import our_name
@@ -97,15 +101,7 @@ def test_every_dinov3_file_is_read_whole(tmp_path: Path, golden23_json: Jsons) -
     for name, content in _files(golden23_json("checkpoint_keys")):
         if "dinov3" not in name:
             continue
-        state = content.get("teacher", content)
-        for key, value in state.items():
-            if key.endswith("bias_mask"):
-                of_queries, of_keys, of_values = torch.ones(value.shape).chunk(3)
-                state[key] = torch.cat((of_queries, 0 * of_keys, of_values))
-            if key.endswith("rope_embed.periods"):
-                dtype, head_dim = torch.float32, 4 * len(value)
-                state[key] = Rope(100.0).periods(head_dim, dtype=dtype, device=value.device)
-        torch.save(content, tmp_path / "w")
+        torch.save(_with_buffers(content), tmp_path / "w")
         weights = read_source(tmp_path / "w")
         coverage = coverage_of(weights.backbone, expected_tensors(weights))
         assert coverage.complete, f"{name}: {coverage}"
@@ -113,6 +109,19 @@ def test_every_dinov3_file_is_read_whole(tmp_path: Path, golden23_json: Jsons) -
         assert weights.card.backbone.mask_token
         read.append(name)
     assert len(read) == 11
+
+
+def _with_buffers(content: dict[str, Any]) -> dict[str, Any]:
+    """The content of a file of DINOv3 with the numbers of its buffers, which show something."""
+    state = content.get("teacher", content)
+    for key, value in state.items():
+        if key.endswith("bias_mask"):
+            of_queries, of_keys, of_values = torch.ones(value.shape).chunk(3)
+            state[key] = torch.cat((of_queries, 0 * of_keys, of_values))
+        if key.endswith("rope_embed.periods"):
+            dtype, head_dim = torch.float32, 4 * len(value)
+            state[key] = Rope(100.0).periods(head_dim, dtype=dtype, device=value.device)
+    return content
 
 
 # Small networks
@@ -422,3 +431,88 @@ def test_a_run_with_other_tokens_gets_the_same_features(
             _assert_equal(backbone.features(images), case.tensors[f"{case.native}.reference"])
     assert "the mask token of train.init_from is left out" in caplog.text
     assert "train.init_from has no mask token: it starts at zero" in caplog.text
+
+
+def _model_of(path: Path) -> dict[str, Any]:
+    """The section `model` of a run with the architecture of a file."""
+    shape = vars(read_source(path).card.backbone)
+    wanted = {key: shape[key] for key in ModelConfig.model_fields if shape.get(key) is not None}
+    rope = wanted.pop("rope", None)
+    return {"backbone": shape["name"], **wanted, **({"rope": asdict(rope)} if rope else {})}
+
+
+def _layouts(case: Case, folder: Path) -> dict[str, Path]:
+    """The weights of a case as its authors, transformers, timm and we write them."""
+    theirs = folder / "transformers"
+    theirs.mkdir()
+    save_file(case.part("file"), theirs / "model.safetensors")
+    kind = {"Dinov2Model": "dinov2", "Dinov2WithRegistersModel": "dinov2_with_registers"}
+    name = kind.get(case.told["transformers_class"], "dinov3_vit")
+    config = {"model_type": name, **case.told["transformers_config"]}
+    (theirs / "config.json").write_text(json.dumps(config))
+    full = {"teacher": case.part("state"), "args": argparse.Namespace(num_heads=case.num_heads)}
+    torch.save(full, folder / "authors.pth")
+    written = {"authors": folder / "authors.pth", "transformers": theirs}
+    for to, place in (("timm", "timm"), ("dino", "ours.safetensors")):
+        convert(written["authors"], folder / place, to=to)
+        written[to] = folder / place
+    return written
+
+
+@pytest.mark.parametrize("case", CASES + DINOV3, indirect=True)
+def test_a_run_computes_at_step_0_what_the_reference_does_in_every_layout(
+    tmp_path: Path, case: Case
+) -> None:
+    side = case.told["reference"]["img_size"]
+    for layout, path in _layouts(case, tmp_path).items():
+        config = tiny_config(
+            model=_model_of(path),
+            crops={"global_size": side, "local_size": side, "num_local": 2},
+            ibot={"loss_weight": 1.0},
+            train={"init_from": str(path)},
+        )
+        start = read_initial_weights(config)
+        assert start is not None
+        assert start.step_zero is not None
+        assert start.step_zero.difference <= start.step_zero.bound / 8, layout
+        for network in build_networks(config, start):
+            assert isinstance(network.backbone, VisionTransformer)
+            found = network.backbone.features(case.tensors[f"{case.native}.input"])
+            _assert_equal(found, case.tensors[f"{case.native}.reference"])
+
+
+PRESETS = {
+    "adapt_dinov2_vits14": "dinov2_vits14_pretrain.pth",
+    "adapt_dinov2_vitb14": "dinov2_vitb14_pretrain.pth",
+    "adapt_dinov3_vitb16": "dinov3_vitb16_pretrain_lvd1689m-73cec8be.pth",
+    "adapt_dinov3_vitl16": "dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth",
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_that_go_on_have_the_architecture_of_the_released_file(
+    preset: str, tmp_path: Path, golden23_json: Jsons
+) -> None:
+    listed = dict(_files(golden23_json("checkpoint_keys")))[PRESETS[preset]]
+    torch.save(_with_buffers(listed), tmp_path / "w")
+    with torch.device("meta"):
+        theirs = build_backbone(**vars(read_source(tmp_path / "w").card.backbone))
+    ours = shapes_only(load_config(preset)).backbone
+    assert isinstance(ours, VisionTransformer)
+    assert isinstance(theirs, VisionTransformer)
+    of_grid = ("pos_embed",)  # is resized
+    shapes = [
+        {name: x.shape for name, x in each.state_dict().items() if name not in of_grid}
+        for each in (ours, theirs)
+    ]
+    assert shapes[0] == shapes[1]
+    for setting in (_norm_eps, _key_bias_is_masked, lambda network: network.rope):
+        assert setting(ours) == setting(theirs)
+
+
+def _norm_eps(network: nn.Module) -> set[float]:
+    return {module.eps for module in network.modules() if isinstance(module, nn.LayerNorm)}
+
+
+def _key_bias_is_masked(network: nn.Module) -> bool:
+    return any(isinstance(module, KeylessBias) for module in network.modules())

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dinoscale.config import RunConfig, parse_config
-from dinoscale.convert.formats.dinov3 import as_in_dinov3
 from dinoscale.convert.initial_weights import (
     adapted_channels,
     initial_weights_caution,
@@ -20,7 +19,6 @@ from dinoscale.convert.source import read_source
 from dinoscale.engine.build import InitialWeights, build_networks
 from dinoscale.errors import CheckpointError, ConfigError
 from dinoscale.models.network import DinoNetwork
-from dinoscale.models.rope import Rope
 from dinoscale.models.vit import VisionTransformer
 from dinoscale.models.weight_names import to_reference
 from tests.distributed.tiny_run import tiny_config
@@ -198,22 +196,6 @@ def test_a_different_normalisation_gives_a_warning(
         _config(path, data={"num_workers": 0, "mean": [0.5] * 3, "std": [0.5] * 3})
     )
     assert "expect pixels of mean [0.485, 0.456, 0.406]" in caplog.text
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_a_key_bias_that_acts_in_one_network_alone_gives_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, masked: bool
-) -> None:
-    model = {"num_heads": 1, "rope": {}, "qkv_bias": True, "layer_scale": 0.1}
-    _, teacher = build_networks(tiny_config(model={**model, "mask_key_bias": True}))
-    state = as_in_dinov3(
-        teacher.backbone.state_dict(), rope=Rope(), num_heads=1, key_bias_masked=True
-    )
-    torch.save(state, tmp_path / "dinov3.pth")
-    _start(_config(tmp_path / "dinov3.pth", model={**model, "mask_key_bias": masked}))
-    warned = "bias of train.init_from is masked, and that of this run acts" in caplog.text
-    assert warned is not masked
-    assert "rotary positions of" not in caplog.text
 
 
 def test_init_head_needs_init_from() -> None:
