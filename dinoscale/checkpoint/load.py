@@ -292,6 +292,8 @@ def _check_state(state: dict[str, Any]) -> None:
         raise ValueError(f"{STATE_FILE} names frozen parameters that there are not")
     if type(state.get("anchor", False)) is not bool:
         raise ValueError(f"{STATE_FILE} needs to say whether there is an anchor, true or false")
+    if not isinstance(state.get("licence"), str | None):
+        raise ValueError(f"{STATE_FILE} needs a text on the licence, or null")
     if not all(type(size) is int and size >= 0 for size in sizes):
         raise ValueError(f"{STATE_FILE} holds an invalid shape")
 

@@ -15,12 +15,13 @@ from dinoscale.runtime.outputs import METADATA_KEY
 
 __all__ = ["METADATA_KEY", "BackboneCard", "BackboneShape", "Preprocessing", "parse_card"]
 
-FORMAT = 6  # of the card; a file with a higher one was written by a newer dinoscale
-_WITHOUT_DINOV3 = 5  # the formats before, still read: a backbone had no layers of DINOv3
+FORMAT = 7  # of the card; a file with a higher one was written by a newer dinoscale
+_WITHOUT_LICENCE = 6  # the formats before, still read: a card had no licence
+_WITHOUT_DINOV3 = 5  # a backbone had no layers of DINOv3
 _WITHOUT_DINOV2 = 4  # nor of DINOv2
 _WITH_WHITE = 3  # max_pixel_value was called white
 _WITHOUT_NORM_EPS = 2
-_READ = (_WITHOUT_NORM_EPS, _WITH_WHITE, _WITHOUT_DINOV2, _WITHOUT_DINOV3, FORMAT)
+_READ = range(_WITHOUT_NORM_EPS, FORMAT + 1)
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class BackboneCard:
     crop: int  # pixels
     source: str  # where the weights come from, for readers
     max_pixel_value: float | None = None  # means 1 in files of more than 8 bit; None guesses
+    licence: str | None = None  # what is known of it; None of what began with random weights
 
     def to_json(self) -> str:
         """Write the card; equal cards give equal text."""
@@ -101,7 +103,8 @@ def card_text_of(conversion: Mapping[str, object]) -> str | None:
     if "backbone" not in conversion:
         return None
     said = with_new_keys(conversion, CARD)
-    known = {key: said[key] for key in BackboneCard.__dataclass_fields__ if key in said}
+    known: dict[str, object] = {"licence": None}
+    known |= {key: said[key] for key in BackboneCard.__dataclass_fields__ if key in said}
     if isinstance(known["backbone"], dict):  # of an earlier version
         known["backbone"] = {**_DINOV2_LAYERS, **known["backbone"]}
     return json.dumps({"format": FORMAT, **known})
@@ -118,17 +121,19 @@ def parse_card(text: str) -> BackboneCard:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"its card is not JSON ({error})") from error
     found = card.get("format") if isinstance(card, dict) else card
-    if not isinstance(card, dict) or found not in _READ:
+    if not isinstance(card, dict) or not isinstance(found, int) or found not in _READ:
         raise CheckpointError(f"its card has format {found!r}, this dinoscale reads {FORMAT}")
     if found <= _WITH_WHITE:
         card = with_new_keys(card, CARD)
+    if found <= _WITHOUT_LICENCE:
+        card = {"licence": None, **card}
     _check_keys(card, {"format", *BackboneCard.__dataclass_fields__}, "card")
     shape = card["backbone"]
     if not isinstance(shape, dict):
         raise CheckpointError(f"its card's backbone is {shape!r}, not a mapping")
     if found == _WITHOUT_NORM_EPS:
         shape = {"norm_eps": None, **shape}
-    if found < FORMAT:
+    if found <= _WITHOUT_DINOV3:
         lacking = _DINOV3_LAYERS if found == _WITHOUT_DINOV3 else _DINOV2_LAYERS
         shape = {**lacking, **shape}
     _check_keys(shape, set(BackboneShape.__dataclass_fields__), "card's backbone")
@@ -161,6 +166,7 @@ def parse_card(text: str) -> BackboneCard:
         crop=_size(card, "crop"),
         source=_text(card, "source"),
         max_pixel_value=_optional_positive(card, "max_pixel_value"),
+        licence=None if card["licence"] is None else _text(card, "licence"),
     )
 
 

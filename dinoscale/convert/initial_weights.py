@@ -74,7 +74,9 @@ def read_initial_weights(
     elif weights.head or weights.patch_head:
         log.info("the projection head of %s is left out; train.init_head=true takes it", path)
     log.info("starting from %s: %s of its backbone", path, coverage)
-    return InitialWeights(state, **heads, step_zero=step_zero)
+    if weights.card.licence is not None:
+        log.info("%s", weights.card.licence)
+    return InitialWeights(state, **heads, step_zero=step_zero, licence=weights.card.licence)
 
 
 def initial_weights_caution(config: RunConfig, then: Mapping[str, Any]) -> str | None:

@@ -32,6 +32,7 @@ _TORCH_INDEX = "pytorch_model.bin.index.json"
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")  # of other files with weights
 METADATA = "_metadata"  # attribute of a state dict where torch keeps the versions of modules
 _MAX_JSON_BYTES = 16 * 2**20  # of a settings file or an index; real ones have some kilobytes
+_MAX_HEAD = 2**16  # characters of a model card that are read
 
 _NO_WEIGHTS = (  # first bytes of files that a failed download leaves behind
     (b"<", "is a web page or XML, not weights: download the file itself"),
@@ -58,6 +59,7 @@ class Content:
         card: text of our card, in the file or else beside it; None without one.
         settings: config.json of a hub folder, None without one.
         preprocessing: preprocessor_config.json beside it, None without one.
+        model_card: the entries at the head of README.md beside it, None without any.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Content:
     card: str | None = None
     settings: dict[str, Any] | None = None
     preprocessing: dict[str, Any] | None = None
+    model_card: str | None = None
 
 
 def read_content(path: Path, heartbeat: Callable[[], None] = lambda: None) -> Content:
@@ -88,6 +91,7 @@ def read_content(path: Path, heartbeat: Callable[[], None] = lambda: None) -> Co
         described,
         settings=_read_json(file.with_name("config.json")),
         preprocessing=_read_json(file.with_name("preprocessor_config.json")),
+        model_card=_head_of_text(file.with_name("README.md")),
     )
 
 
@@ -292,6 +296,15 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         odd = sorted(state.keys() ^ places.keys())
         raise CheckpointError(f"has an index that disagrees with its files about {odd[0]}")
     return state
+
+
+def _head_of_text(file: Path) -> str | None:
+    """The YAML at the head of a model card, None without one."""
+    if not file.is_file():
+        return None
+    with file.open(encoding="utf-8", errors="replace") as stream:
+        match = re.match(r"---\n(.*?)\n---", stream.read(_MAX_HEAD), re.DOTALL)
+    return None if match is None else match[1]
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:

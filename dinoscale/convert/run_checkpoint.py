@@ -1,6 +1,7 @@
 """A checkpoint of a run as plain weights, on one process, from any ZeRO stage and world size."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from dinoscale.checkpoint.layout import checkpoints, is_checkpoint, run_with_checkpoints
@@ -53,7 +54,9 @@ def read_run(
         parts["backbone."] = merged(parts["backbone."], scale=config.lora.scale)
     # A card is published: no folders above the run.
     name = "/".join(checkpoint.path.resolve().parts[-3:])
-    card = card_of(config, source=f"{name} {network}")
+    card = replace(
+        card_of(config, source=f"{name} {network}"), licence=checkpoint.state.get("licence")
+    )
     origin = {
         "checkpoint": name,
         "step": checkpoint.step,

@@ -9,6 +9,7 @@ not have, so that `weights_file.build` can refuse them by name.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,14 @@ from dinoscale.convert.card import parse_card
 from dinoscale.convert.formats.dinov3 import dinov3_card, dinov3_shape, from_dinov3, is_dinov3
 from dinoscale.convert.formats.hf_dinov3 import is_hf_dinov3, read_hf_dinov3
 from dinoscale.convert.formats.huggingface import is_huggingface, read_huggingface
-from dinoscale.convert.formats.reference import guess_shape, network_state, reference_card, split
+from dinoscale.convert.formats.licences import licence_note
+from dinoscale.convert.formats.reference import (
+    guess_shape,
+    is_dinov2,
+    network_state,
+    reference_card,
+    split,
+)
 from dinoscale.convert.formats.timm import is_timm, timm_card
 from dinoscale.convert.formats.timm_dinov3 import from_timm_dinov3, is_timm_dinov3
 from dinoscale.convert.read_files import Content, read_content
@@ -66,6 +74,17 @@ def read_source(
 
 
 def _weights_of(content: Content, *, network: Network, num_heads: int | None) -> Weights:
+    weights = _as_written(content, network=network, num_heads=num_heads)
+    if content.card is not None:
+        licence = parse_card(content.card).licence
+    elif weights.is_rotary:
+        licence = licence_note(content, "dinov3")
+    else:
+        licence = licence_note(content, "dinov2" if is_dinov2(weights.backbone) else "dino")
+    return replace(weights, card=replace(weights.card, licence=licence))
+
+
+def _as_written(content: Content, *, network: Network, num_heads: int | None) -> Weights:
     state = network_state(content.checkpoint, network=network)
     settings = content.settings or {}
     if is_hf_dinov3(state, settings):

@@ -58,12 +58,14 @@ class InitialWeights:
         head: every tensor of the projection head; None leaves it random.
         patch_head: every tensor of the patch tokens' own head; None leaves it random.
         step_zero: what the backbone computes; None where nothing was compared.
+        licence: what is known of theirs, None if they began as random ones.
     """
 
     backbone: Mapping[str, Tensor]
     head: Mapping[str, Tensor] | None = None
     patch_head: Mapping[str, Tensor] | None = None
     step_zero: StepZero | None = None
+    licence: str | None = None
 
     def by_name(self) -> dict[str, Tensor]:
         """All tensors by their names in the network."""

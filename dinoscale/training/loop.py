@@ -83,6 +83,7 @@ class Run:
         process: Process,
         source: Source,
         images: str,
+        licence: str | None,
         student: Student,
         teacher: Teacher,
         online_knn: OnlineKnn | None,
@@ -93,6 +94,7 @@ class Run:
     ) -> None:
         self.config, self.plan, self.process, self.source = config, plan, process, source
         self.images = images  # identity of the image set, on rank 0
+        self.licence = licence  # of the weights that the run began with, on rank 0
         self.feed = Feed(config, plan, process, source, depth=student.network.backbone.depth)
         self.student, self.teacher = student, teacher
         self.stop, self.watchdog = stop, watchdog
@@ -436,6 +438,7 @@ class Run:
             "plan": asdict(self.plan),
             "versions": self.versions,
             "images": self.images,
+            "licence": self.licence,
             "progress": asdict(self.progress),
         }
         step = self.progress.step

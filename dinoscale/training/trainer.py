@@ -262,6 +262,9 @@ def _build(
         compare_features(config, teacher, step_zero)
     if teacher.gram is not None and begins_gram:
         _begin_gram(teacher.gram, config, plan, gram_from)
+    licence = None if init_from is None else init_from.licence
+    for begun in filter(None, (other, checkpoint)):
+        licence = begun.state.get("licence")
     del init_from, gram_from  # 4 bytes per weight, on rank 0
     online_knn, held_out = _measured_sets(config, hosts, stop, watchdog)
     if is_first:
@@ -275,6 +278,7 @@ def _build(
         process,
         source,
         images,
+        licence,
         student,
         teacher,
         online_knn,

@@ -10,6 +10,7 @@ import torch
 
 from dinoscale.checkpoint.load import open_run
 from dinoscale.config import load_config
+from dinoscale.convert.source import read_source
 from dinoscale.convert.weights_file import load_backbone
 from dinoscale.engine.build import build_networks
 from dinoscale.errors import ConfigError
@@ -141,6 +142,8 @@ def test_a_run_starts_from_another_and_resumes_without_it(tmp_path: Path) -> Non
     network, _ = build_networks(load_config("vit_t16", settings(run_dir=first)))
     state = {"teacher": network.backbone.state_dict(), "args": argparse.Namespace(num_heads=1)}
     torch.save(state, bare)
+    note = read_source(bare).card.licence
+    assert note is not None
     from_file = (f"train.init_from={bare}", "engine.zero_stage=3")
     for code, text in _train(*from_file, "train.stop_after_steps=1", run_dir=first):
         assert code == 0, text
@@ -159,6 +162,11 @@ def test_a_run_starts_from_another_and_resumes_without_it(tmp_path: Path) -> Non
     assert (checkpoint.step, checkpoint.has_anchor) == (2, True)
     assert "backbone.cls_token" in checkpoint.frozen
     load_backbone(tmp_path / "second")
+    assert checkpoint.state["licence"] == note
+    longer = (f"train.continue_from={tmp_path / 'second'}", "train.stop_after_steps=1")
+    for code, text in _train(*longer, run_dir=tmp_path / "fourth"):
+        assert code == 0, text
+    assert read_source(tmp_path / "fourth").card.licence == note
     for code, text in _train(*more, run_dir=tmp_path / "third"):
         assert code == 2, text
         assert f"{first}: cannot be read (No such file or directory)" in text

@@ -253,6 +253,8 @@ def test_the_epsilon_of_the_norms_is_built(tmp_path: Path, state: dict[str, Tens
 
 def test_cards_of_the_previous_format_are_still_read() -> None:
     card = json.loads(CARD.to_json())
+    assert card.pop("licence") is None
+    assert parse_card(json.dumps({**card, "format": 6})) == CARD
     for key in ("ffn_ratio", "ffn_multiple", "rope", "qkv_bias", "mask_key_bias", "local_norm"):
         del card["backbone"][key]
     assert parse_card(json.dumps({**card, "format": 5})) == CARD
@@ -315,6 +317,7 @@ def test_a_card_is_read_strictly() -> None:
         {**good, "max_pixel_value": float("inf")},
         {**good, "backbone": {**good["backbone"], "in_chans": 4}},
         {**good, "crop": 0},
+        {**good, "licence": ["DINOv3"]},
         {**good, "resize": "256"},
         {**good, "backbone": "vit_small_patch16_224"},
         {**good, "backbone": {**good["backbone"], "depth": 1.5}},
@@ -579,6 +582,6 @@ def test_the_card_is_where_other_programs_look_for_it(
     save_backbone(tmp_path / "w", state, CARD)
     with safe_open(tmp_path / "w", framework="pt") as file:
         card = json.loads(file.metadata()["dinoscale"])
-    assert card["format"] == 6
+    assert card["format"] == 7
     assert card["backbone"] == asdict(SHAPE)
     assert (card["mean"], card["crop"]) == ([0.1, 0.2, 0.3], 32)
