@@ -25,7 +25,7 @@ WHAT: dict[str, dict[str, dict[str, Any]]] = {
 }
 # What trains, the objective, stage and precision. DINO's steps are compared with plain torch.
 MOVED = "lora+ dino 2 fp32"
-PLAIN = ["lora dino 0 fp32", "lora+ dino 2 fp32", "last dino 2 fp32"]
+PLAIN = ["lora dino 0 fp32", "lora+ dino 2 fp32", "last dino 1 fp32"]
 JOBS = [*PLAIN, "lora dinov2 2 fp32", "lora dinov2 2 bf16"]
 
 
