@@ -179,7 +179,6 @@ class HeldOut:
 
     def _read(self) -> Tensor | None:
         """Neighbours of the start, None with a warning if they are lost."""
-        found: Tensor
         try:
             with safe_open(self._path, framework="pt") as file:
                 metadata = file.metadata() or {}
