@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 PRESETS = {
     "dino": ("quickstart", "vit_s16"),
     "dinov2": ("quickstart_dinov2", "dinov2_vits16"),
-    "dinov3": ("quickstart_dinov3", "dinov3_vitl16_in1k"),
+    "dinov3": ("quickstart_dinov3", "dinov3_vits16"),
 }
 _GRAM, _WITHOUT = "gram", "without_gram"  # phases that begin at the same place
 
