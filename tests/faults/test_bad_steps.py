@@ -80,9 +80,10 @@ def _train(config_file: str, bad: list[int]) -> str:
     sampler = StepSampler(sizes=[IMAGES], quotas=[IMAGES], **sizes, seed=config.seed)
     read = feed.Feed.steps
 
-    def poison(self: feed.Feed, first: int, *, offset: int) -> Any:
+    def poison(self: feed.Feed, first: int, *, offset: int, **more: Any) -> Any:
         # The images are bad, not the step: after a rollback they come at another one.
-        for step, batches in enumerate(read(self, first, offset=offset), start=first + offset + 1):
+        found = read(self, first, offset=offset, **more)
+        for step, batches in enumerate(found, start=first + offset + 1):
             self.poisoned = step in bad and distributed.rank() == 1
             draws = sampler.micro_batch(step - 1, micro_batch=0, rank=distributed.rank())
             assert batches[0].sample_ids.tolist() == draws.ids.tolist()
