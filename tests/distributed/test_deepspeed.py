@@ -152,7 +152,7 @@ def _gathered() -> list[str]:
     network, _ = build_networks(config)
     network.backbone.blocks[1].get_submodule("mlp").requires_grad_(False)
     gather_whole_blocks(network)
-    student = Student(network, config, plan)
+    student = Student(network, config, plan, ())  # no values: no run freezes weights at stage 3
     student.set_hyperparameters(schedules_of(config, plan).at(0))
     batch = micro_batches(config, plan, 0)[0]
     student.backward(student([batch.global_crops.flatten(0, 1)], None, _Cubes()))
