@@ -236,6 +236,7 @@ def save_after_a_lost_contact(failing: int) -> int:
     run.progress, run.process = Progress(step=7), Process(1, 2, 1, 2)
     run.saved, run.saved_step, run.run_dir = None, 7, Path("run")
     run.images, run.student, run.watchdog, run.teacher = "", None, MagicMock(), MagicMock()
+    run.licence = None
     error = "rank 0, where the ranks meet, cannot be reached"
     run.saver = OneSidedSaver(error if distributed.rank() == failing else None)
     run._save_and_wait()

@@ -163,7 +163,11 @@ def test_a_run_starts_from_another_and_resumes_without_it(tmp_path: Path) -> Non
     assert "backbone.cls_token" in checkpoint.frozen
     load_backbone(tmp_path / "second")
     assert checkpoint.state["licence"] == note
-    longer = (f"train.continue_from={tmp_path / 'second'}", "train.stop_after_steps=1")
+    longer = (
+        f"train.continue_from={tmp_path / 'second'}",
+        "train.stop_after_steps=1",
+        "lora.rank=2",
+    )
     for code, text in _train(*longer, run_dir=tmp_path / "fourth"):
         assert code == 0, text
     assert read_source(tmp_path / "fourth").card.licence == note

@@ -13,6 +13,7 @@ from dinoscale.checkpoint.layout import STATE_FILE, directory
 from dinoscale.checkpoint.progress import Guarded, Progress
 from dinoscale.config import RunConfig, parse_config, phases_of
 from dinoscale.errors import RunFailedError, UnreadableError
+from dinoscale.runtime import retry
 from dinoscale.training import best
 from dinoscale.training.best import best_checkpoint, export_best, finish
 from dinoscale.training.due import due_after
@@ -127,7 +128,10 @@ def test_a_phase_with_other_images_begins_anew(tmp_path: Path) -> None:
     assert progress.guarded is None
 
 
-def test_a_phase_does_not_begin_anew_while_the_one_before_cannot_be_read(tmp_path: Path) -> None:
+def test_a_phase_does_not_begin_anew_while_the_one_before_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry.time, "sleep", lambda _seconds: None)
     first, second = phases_of(_config(tmp_path))
     _store(first, STEPS, _known(STEPS))
     state = directory(Path(first.run_dir), STEPS) / STATE_FILE
