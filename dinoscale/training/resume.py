@@ -96,7 +96,7 @@ def open_other_run(config: RunConfig, heartbeat: Callable[[], None] = lambda: No
     Raises:
         UnreadableError: it cannot be read.
         CheckpointError: it is damaged.
-        ConfigError: there is none, or it is of another network or optimizer.
+        ConfigError: there is none, or it is of another network, optimizer or scale of adapters.
     """
     path = Path(cast(str, config.train.continue_from))
 
@@ -119,6 +119,7 @@ def open_other_run(config: RunConfig, heartbeat: Callable[[], None] = lambda: No
             f"{config.optim.name}; set optim.name={other}, or take the weights alone with "
             "train.init_from"
         )
+    config.lora.require_scale_of(found, checkpoint.state["config"])
     here = {name: tuple(value.shape) for name, value in shapes_only(config).named_parameters()}
     differing = [
         f"{name} is {checkpoint.shapes.get(name, 'absent')} there and {here.get(name, 'absent')} "
@@ -272,10 +273,11 @@ def require_same_run(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) -
     """Refuse changes that would shift the position in data and schedules; log other changes.
 
     Raises:
-        ConfigError: the seed, the mixture of sizes, the images per step or the number of images
-            drawn differ, or there is an anchor now and was none.
+        ConfigError: the seed, the mixture of sizes, the images per step, the number of images
+            drawn or the scale of adapters differ, or there is an anchor now and was none.
     """
     saved_config, saved_plan = checkpoint.state["config"], checkpoint.state["plan"]
+    config.lora.require_scale_of(checkpoint.path, saved_config)
     pairs = {
         "seed": (saved_config.get("seed"), config.seed),
         "crops.mixture": (

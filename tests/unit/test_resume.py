@@ -9,15 +9,18 @@ from typing import Any
 import pytest
 
 from dinoscale.config import RunConfig, parse_config, resolve
+from dinoscale.config.sections.lora import LoraConfig
 from dinoscale.errors import ConfigError
 from dinoscale.training.resume import (
     batch_norm_caution,
     keep_micro_batch,
     koleo_caution,
+    open_other_run,
     require_same_run,
     require_same_set,
 )
 from dinoscale.training.trainer import _begin_gram
+from tests.unit.checkpoint.stored import store
 
 A, B = {"source": "/a"}, {"source": "/b"}
 URL = "https://host/{0..9}.tar"
@@ -231,6 +234,28 @@ def test_an_anchor_that_was_not_there_is_refused() -> None:
         require_same_run(saved, now, plan)
     saved.has_anchor = True
     require_same_run(saved, now, plan)
+
+
+def test_trained_adapters_keep_their_scale(tmp_path: Path) -> None:
+    def adapted(**changes: float | str) -> RunConfig:
+        source = {"continue_from": str(tmp_path)}
+        lora: Any = {"rank": 4, "alpha": 8.0, **changes}
+        return parse_config({"train": {"batch_size": 8, **source}, "lora": lora})
+
+    then = adapted()
+    path = store(tmp_path, 4, ranks=1, config=then.model_dump(mode="json"))
+    _resume(then, then, sizes=[40], sizes_now=[40])
+    sentence = r"^lora.alpha: .* with 8.0, and 16.0 would multiply .* by 2; set lora.alpha=8.0, or"
+    with pytest.raises(ConfigError, match=sentence):
+        _resume(then, adapted(alpha=16.0), sizes=[40], sizes_now=[40])
+    with pytest.raises(ConfigError, match=f"^lora.alpha: .*train.init_from={path}$"):
+        open_other_run(adapted(alpha=16.0))
+    for other in (then, adapted(rank=8, alpha=16.0)):  # the stored tensors are of neither
+        with pytest.raises(ConfigError, match=r"^train.continue_from: .* is of another network"):
+            open_other_run(other)
+    plain = parse_config({"train": {"batch_size": 8}})
+    unused = plain.model_copy(update={"lora": LoraConfig(alpha=8.0)})
+    _resume(plain, unused, sizes=[40], sizes_now=[40])
 
 
 class _Gram:

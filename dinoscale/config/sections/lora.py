@@ -3,9 +3,14 @@
 Source: Hu et al. 2021 (arXiv:2106.09685); [D] ours.
 """
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 from pydantic import Field, model_validator
 
 from dinoscale.config.sections.fields import CountOrZero, Positive, Section
+from dinoscale.errors import ConfigError
 
 
 class LoraConfig(Section):
@@ -43,6 +48,25 @@ class LoraConfig(Section):
     def scale(self) -> float:
         """What the adapters are multiplied by."""
         return self.alpha / max(self.rank, 1)
+
+    def require_scale_of(self, checkpoint: Path, saved: Mapping[str, Any]) -> None:
+        """Refuse to multiply trained adapters by another number than in their training.
+
+        Args:
+            checkpoint: that they are read from.
+            saved: its settings by section; those of an older version have none of adapters.
+
+        Raises:
+            ConfigError: alpha differs. Other ranks have other tensors, compared elsewhere.
+        """
+        then = saved.get("lora", {})
+        if self.rank and then.get("rank") == self.rank and then["alpha"] != self.alpha:
+            raise ConfigError(
+                f"lora.alpha: the adapters in {checkpoint} were trained with {then['alpha']}, and "
+                f"{self.alpha} would multiply what they have learnt by "
+                f"{self.alpha / then['alpha']:.4g}; set lora.alpha={then['alpha']}, or begin a new "
+                f"run with new adapters and train.init_from={checkpoint}"
+            )
 
     def mistakes(
         self,
