@@ -405,7 +405,8 @@ class RunConfig(Section):
         if self.ibot.loss_weight:
             mistakes += self.ibot.mistakes(size=crops.global_size, patch_size=patch)
         subsets = self.model.drop_path_mode == "subset" and self.model.drop_path_rate > 0
-        if self.anchor.counts and subsets and crops.global_size == sizes.get("crops.local_size"):
+        both = crops.num_local > 0 and crops.local_size == crops.global_size
+        if self.anchor.counts and subsets and both:
             mistakes.append(
                 f"crops.local_size: {crops.local_size} px are also the side of the global crops, "
                 "and subsets (model.drop_path_mode) are drawn from both, which the anchor does not "

@@ -621,15 +621,19 @@ def test_an_anchor_needs_crops_that_are_not_masked() -> None:
     ]
 
 
-def test_an_anchor_needs_subsets_of_the_global_crops_alone() -> None:
+@pytest.mark.parametrize("rope", [None, {}])
+def test_an_anchor_needs_subsets_of_the_global_crops_alone(rope: dict[str, float] | None) -> None:
     values = {
         "anchor": ANCHOR,
         "train": {"init_from": "w.pth"},
-        "model": {"drop_path_rate": 0.1, "drop_path_mode": "subset"},
+        "model": {"drop_path_rate": 0.1, "drop_path_mode": "subset", "rope": rope},
         "crops": {"global_size": 96, "local_size": 96},
     }
     (message,) = _messages(**values)
     assert message.startswith("crops.local_size: 96 px are also the side of the global crops")
+    values["crops"] |= {"num_local": 0}
+    _config(**values)
+    values["crops"] |= {"num_local": 8}
     values["model"] |= {"drop_path_mode": "per_image"}
     _config(**values)
 
