@@ -56,7 +56,7 @@ def vit_backward_flops(
     in_chans: int = 3,
     num_special: int = 1,
     block_weights: int | None = None,
-    frozen_matrices: int = 0,
+    skipped: int = 0,
     trains_projection: bool = True,
 ) -> int:
     """Backward of a ViT over one image; pixels need no gradient. Other arguments as in the forward.
@@ -65,12 +65,12 @@ def vit_backward_flops(
         num_patches: P.
         patch_size: p.
         embed_dim: D.
-        depth: blocks.
+        depth: blocks that gradients reach, the last ones.
         in_chans: C.
         num_special: class token and registers.
         block_weights: W.
-        frozen_matrices: scalars of the matrices of all blocks that do not train; gradients pass
-            them all the same, on the way to the mask token.
+        skipped: scalars of these blocks' matrices, once for each of the two products (gradient of
+            the matrix, gradient of its input) that nothing needs.
         trains_projection: whether the patch projection trains.
     """
     forward = vit_forward_flops(
@@ -83,8 +83,8 @@ def vit_backward_flops(
         block_weights=block_weights,
     )
     projection = _patch_projection_flops(num_patches, patch_size, embed_dim, in_chans)
-    of_frozen = 2 * (num_patches + num_special) * frozen_matrices
-    return 2 * forward - of_frozen - (1 if trains_projection else 2) * projection
+    left_out = 2 * (num_patches + num_special) * skipped
+    return 2 * forward - left_out - (1 if trains_projection else 2) * projection
 
 
 def _patch_projection_flops(num_patches: int, patch_size: int, embed_dim: int, chans: int) -> int:
@@ -166,7 +166,8 @@ def step_flops(
     patch_head: int = 0,
     gram_size: int = 0,
     anchor: bool = False,
-    frozen_matrices: int = 0,
+    backward_depth: int | None = None,
+    skipped: int = 0,
     trains_projection: bool = True,
 ) -> StepFlops:
     """FLOPs of a step of DINO per image: the teacher sees two crops, the student 2 + num_local.
@@ -188,7 +189,8 @@ def step_flops(
         patch_head: forward of the head of the patch tokens over the masked patches of an image.
         gram_size: side of the Gram network's two crops in pixels; 0 without one.
         anchor: whether there is an anchor, which sees the global crops.
-        frozen_matrices: as in `vit_backward_flops`.
+        backward_depth: the last blocks, which gradients reach; None for all.
+        skipped: as in `vit_backward_flops`.
         trains_projection: likewise.
     """
     head = head_forward_flops(
@@ -200,8 +202,12 @@ def step_flops(
     )
     crops = ((NUM_GLOBAL, global_size), (num_local, local_size))
     seen_by_gram = (NUM_GLOBAL if gram_size else 0, gram_size)
+    of_forward = functools.partial(vit_forward_flops, depth=depth)
     of_backward = functools.partial(
-        vit_backward_flops, frozen_matrices=frozen_matrices, trains_projection=trains_projection
+        vit_backward_flops,
+        depth=depth if backward_depth is None else backward_depth,
+        skipped=skipped,
+        trains_projection=trains_projection,
     )
     forward, backward = (
         tuple(
@@ -210,7 +216,6 @@ def step_flops(
                 num_patches=(size // patch_size) ** 2,
                 patch_size=patch_size,
                 embed_dim=embed_dim,
-                depth=depth,
                 in_chans=in_chans,
                 num_special=num_special,
                 block_weights=block_weights,
@@ -218,7 +223,7 @@ def step_flops(
             for count, size in sizes
         )
         for of_crop, sizes in (
-            (vit_forward_flops, (*crops, seen_by_gram)),
+            (of_forward, (*crops, seen_by_gram)),
             (of_backward, crops),
         )
     )

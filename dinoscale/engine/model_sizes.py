@@ -71,7 +71,10 @@ class Dims:
         anchor: whether there is an anchor.
         anchored_patches: whether patches are compared with it.
         frozen: scalars of the backbone that do not train.
-        frozen_matrices: of these, those of the blocks' matrices.
+        first_backward: index of the first block that gradients reach; those before it have no
+            backward and keep nothing for one.
+        skipped: of each block that gradients reach the scalars of its matrices, once for each
+            product of the backward that nothing needs; empty where all are needed.
         trains_projection: whether the patch projection trains.
         mixture: with sizes that differ from step to step, of which these are the largest: the
             share of the steps and the counts of each; empty with one size.
@@ -107,7 +110,8 @@ class Dims:
     anchor: bool = False
     anchored_patches: bool = False
     frozen: int = 0
-    frozen_matrices: int = 0
+    first_backward: int = 0
+    skipped: tuple[int, ...] = ()
     trains_projection: bool = True
     mixture: tuple[tuple[float, "Dims"], ...] = ()
 
@@ -213,15 +217,15 @@ def _dims_of_size(config: RunConfig, network: DinoNetwork) -> Dims:
     patch, channels = backbone.patch_size, config.data.channels
     ((_, global_tokens),) = backbone.layout_of([(1, crops.global_size)])
     num_special = global_tokens - (crops.global_size // patch) ** 2
+    first = _first_backward(backbone)
     return Dims(
         groups=tuple(
             (sum(p.numel() for p in group["params"]), len(group["params"]))
             for group in param_groups(network)
         ),
         frozen=sum(p.numel() for p in network.parameters() if not p.requires_grad),
-        frozen_matrices=sum(
-            p.numel() for p in backbone.blocks.parameters() if p.ndim == 2 and not p.requires_grad
-        ),
+        first_backward=first,
+        skipped=_skipped(backbone, first=first),
         trains_projection=backbone.patch_embed.proj.weight.requires_grad,
         backbone=_scalars(backbone),
         head=_scalars(network) - _scalars(backbone),
@@ -254,6 +258,40 @@ def _dims_of_size(config: RunConfig, network: DinoNetwork) -> Dims:
         anchor=config.anchor.counts,
         anchored_patches=config.anchor.patch_weight > 0,
     )
+
+
+def _embedding_trains(backbone: VisionTransformer) -> bool:
+    """Whether tokens need a gradient before the first block, such as for the mask token."""
+    return any(
+        parameter.requires_grad and name.split(".")[0].endswith(("_embed", "_token"))
+        for name, parameter in backbone.named_parameters()
+    )
+
+
+def _first_backward(backbone: VisionTransformer) -> int:
+    """Index of the first block that gradients reach; the depth if none."""
+    if _embedding_trains(backbone):
+        return 0
+    trained = (any(p.requires_grad for p in block.parameters()) for block in backbone.blocks)
+    return next((index for index, trains in enumerate(trained) if trains), backbone.depth)
+
+
+def _skipped(backbone: VisionTransformer, *, first: int) -> tuple[int, ...]:
+    """`Dims.skipped`, of the blocks from `first` on."""
+    skipped = [
+        sum(p.numel() for p in block.parameters() if p.ndim == 2 and not p.requires_grad)
+        for block in backbone.blocks[first:]
+    ]
+    if skipped and not _embedding_trains(backbone):
+        block = backbone.blocks[first]
+        assert isinstance(block, Block)
+        if not any(p.requires_grad for p in block.norm1.parameters()):
+            # Queries, keys and values of tokens that need no gradient: none for the input.
+            of_input = ("weight", "lora_a")
+            skipped[0] += sum(
+                p.numel() for name, p in block.attn.qkv.named_parameters() if name in of_input
+            )
+    return tuple(skipped) if any(skipped) else ()
 
 
 def _rope_tables(config: RunConfig, backbone: VisionTransformer) -> int:
@@ -367,6 +405,7 @@ def _flops_of_size(dims: Dims) -> StepFlops:
         patch_head=round(dims.patches.masked * of_patch),
         gram_size=dims.gram_size,
         anchor=dims.anchor,
-        frozen_matrices=dims.frozen_matrices,
+        backward_depth=dims.depth - dims.first_backward,
+        skipped=sum(dims.skipped),
         trains_projection=dims.trains_projection,
     )

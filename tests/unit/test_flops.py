@@ -1,5 +1,6 @@
 """FLOPs by formula are those that torch counts in a real network."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dinoscale.config.load import parse_config
 from dinoscale.engine.build import build_networks
 from dinoscale.engine.flops import StepFlops, step_flops, vit_backward_flops, vit_forward_flops
-from dinoscale.engine.model_sizes import dims_of, dropped_flops, flops_of
+from dinoscale.engine.model_sizes import PatchDims, dims_of, dropped_flops, flops_of
 from dinoscale.models.heads import DinoHead
 from dinoscale.models.network import DinoNetwork
 from dinoscale.models.zoo import build_backbone
@@ -27,7 +28,7 @@ def _network(name: str) -> DinoNetwork:
 
 
 def _counted(
-    network: DinoNetwork, num_local: int, keep: Tensor | None = None
+    network: DinoNetwork, num_local: int, keep: Tensor | None = None, masks: Tensor | None = None
 ) -> tuple[int, int, int]:
     """What torch counts of teacher, student forward and backward, per image."""
     globals_ = torch.randn(2 * IMAGES, 3, 32, 32)
@@ -38,7 +39,7 @@ def _counted(
             network([globals_])
         counts.append(counter.get_total_flops())
         with FlopCounterMode(display=False) as counter:
-            logits = network(crops, keep)
+            logits = network.head(network.backbone(crops, keep, masks=masks))
         counts.append(counter.get_total_flops())
         with FlopCounterMode(display=False) as counter:
             logits.sum().backward()
@@ -159,6 +160,38 @@ def test_weights_that_do_not_train_have_no_product_for_their_gradient(ffn: str) 
     assert dims.mlp_kept == (2 * 64 if ffn == "swiglu" else 4 * 24)  # as without adapters
     counted = _counted(network, 2)
     assert (flops.teacher, flops.student_forward, flops.student_backward) == counted
+
+
+@pytest.mark.parametrize("ibot", [False, True])
+@pytest.mark.parametrize(
+    ("part", "first"),
+    [
+        ({"optim": {"trained_blocks": 1}}, 2),
+        ({"optim": {"trained_blocks": 3}}, 0),
+        ({"lora": {"rank": 3}}, 0),
+        ({"lora": {"rank": 3, "norms": True}}, 0),
+    ],
+)
+def test_gradients_stop_where_nothing_before_trains(
+    part: dict[str, Any], first: int, ibot: bool
+) -> None:
+    config = parse_config(
+        {
+            "model": {**VIT, "depth": 3, "num_heads": 2},
+            "head": HEAD,
+            "crops": {"global_size": 32, "local_size": 16, "num_local": 2},
+            "eval": {"crop": 32, "resize": 32},
+            "ibot": {"loss_weight": 1.0 if ibot else 0.0},
+            "train": {"init_from": "w.pth"},
+            **part,
+        }
+    )
+    dims, network = dims_of(config), build_networks(config)[0]
+    masks = torch.arange(16) % 2 == torch.zeros(2 * IMAGES, 1) if ibot else None
+    *_, backward = _counted(network, 2, masks=masks)
+    of_class_tokens = flops_of(replace(dims, patches=PatchDims()))
+    assert of_class_tokens.student_backward == backward
+    assert dims.first_backward == (0 if ibot else first)  # all lead to the mask token
 
 
 def test_the_gram_network_is_a_forward_more() -> None:

@@ -52,9 +52,10 @@ def is_recomputed(setup: Setup, *, index: int) -> bool:
 
 
 def saved_by_blocks(dims: Dims, setup: Setup, *, blocks: int) -> float:
-    """Bytes saved by the embedding and the first blocks."""
+    """Bytes saved by the embedding and the first blocks, of which frozen ones may save nothing."""
     images, s = setup.micro_batch_size, setup.weight_bytes
-    of_blocks = sum(saved_by_block(dims, setup, index=index) for index in range(blocks))
+    saving = range(dims.first_backward, blocks)
+    of_blocks = sum(saved_by_block(dims, setup, index=index) for index in saving)
     of_patches = s * dims.pixels
     return images * (of_patches + dims.tokens * of_blocks) + FP32 * dims.rope_tables
 

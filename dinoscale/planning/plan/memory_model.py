@@ -366,7 +366,7 @@ def _backward_of_block(dims: Dims, setup: Setup) -> Terms:
         "activations": max(
             saved_by_blocks(dims, setup, blocks=index + 1)
             + added_by_backward(dims, setup, index=index)
-            for index in range(dims.depth)
+            for index in range(dims.first_backward, dims.depth)
         ),
         "gradients": head + s * width * dims.mlp_hidden,
         "loss": _targets(dims, setup),

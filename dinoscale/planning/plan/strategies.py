@@ -120,8 +120,9 @@ def recomputed_flops(dims: Dims, setup: Setup, flops: StepFlops) -> float:
     work -= dropped_forward_flops(
         dims, micro_batch_size=setup.micro_batch_size, attention=attention
     )
-    share = -(-dims.depth // setup.checkpoint_every) / dims.depth
-    return share * work
+    every, first = setup.checkpoint_every, dims.first_backward
+    recomputed = len(range(0, dims.depth, every)) - len(range(0, first, every))
+    return recomputed / dims.depth * work
 
 
 def options(dims: Dims, setup: Setup, machine: Machine, sizes: list[int]) -> list[Option]:

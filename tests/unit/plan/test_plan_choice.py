@@ -123,6 +123,9 @@ def test_recomputed_blocks_cost_another_forward() -> None:
     forward = flops.student_global + flops.student_local
     assert recomputed_flops(DIMS, every, flops) == forward
     assert recomputed_flops(DIMS, replace(every, checkpoint_every=2), flops) == forward / 2
+    one_frozen = replace(DIMS, first_backward=1)  # the first of two blocks
+    assert recomputed_flops(one_frozen, every, flops) == forward / 2
+    assert recomputed_flops(one_frozen, replace(every, checkpoint_every=2), flops) == 0
     but_attention = recomputed_flops(DIMS, replace(every, recompute="all_but_attention"), flops)
     assert 0 < but_attention < forward
     assert recomputed_flops(DIMS, replace(every, recompute="pointwise"), flops) == 0

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dinoscale.config import count_parameters, parse_config
 from dinoscale.engine.model_sizes import dims_of
-from dinoscale.planning.plan.activations import saved_by_block
+from dinoscale.planning.plan.activations import saved_by_block, saved_by_blocks
 from dinoscale.planning.plan.memory_model import peak, persistent
 from dinoscale.planning.plan.partition import Setup
 from tests.benchmarks import plan as benchmark
@@ -110,6 +110,15 @@ def test_activations_that_a_block_saves_in_units_of_its_width(
 def test_blocks_that_are_not_recomputed_save_all_activations() -> None:
     setup = replace(SETUP, checkpoint_every=2)
     assert saved_by_block(DIMS, setup, index=0) < saved_by_block(DIMS, setup, index=1)
+
+
+def test_blocks_without_a_backward_save_nothing() -> None:
+    frozen = replace(DIMS, first_backward=1)
+    of_first = SETUP.micro_batch_size * DIMS.tokens * saved_by_block(DIMS, SETUP, index=0)
+    for blocks in (1, 2):
+        saved, all_saved = (saved_by_blocks(d, SETUP, blocks=blocks) for d in (frozen, DIMS))
+        assert saved == all_saved - of_first
+    assert peak(frozen, SETUP).total < peak(DIMS, SETUP).total
 
 
 def test_an_offloaded_optimizer_takes_no_device_memory() -> None:
