@@ -1,5 +1,6 @@
 """Sizes of a run's network and crops, from which memory, time and communication follow."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 from torch import nn
@@ -347,7 +348,11 @@ def dropped_flops(dims: Dims, *, micro_batch_size: int) -> float:
     On average over the steps of a mixture of sizes; 0 where branches are computed and multiplied.
     """
     return sum(
-        share * 3 * dropped_forward_flops(part, micro_batch_size=micro_batch_size)
+        share
+        * (
+            dropped_forward_flops(part, micro_batch_size=micro_batch_size)
+            + _dropped_backward_flops(part, micro_batch_size=micro_batch_size)
+        )
         for share, part in dims.of_sizes
     )
 
@@ -360,24 +365,46 @@ def dropped_forward_flops(dims: Dims, *, micro_batch_size: int, attention: bool 
         micro_batch_size: images whose crops share the dropped branches out.
         attention: count the products of queries, keys and values too, not the linear layers alone.
     """
+    of_all = sum(
+        _block_flops(dims, tokens, attention=attention) * sum(dropped)
+        for tokens, dropped in _dropped(dims, micro_batch_size)
+    )
+    return of_all / micro_batch_size
+
+
+def _dropped_backward_flops(dims: Dims, *, micro_batch_size: int) -> float:
+    """The same of the backward, of whose products in a block `skipped` are not counted either."""
+    first = dims.first_backward
+    skipped = dims.skipped or (0,) * (dims.depth - first)
+    of_all = sum(
+        2 * (_block_flops(dims, tokens) - tokens * scalars) * crops
+        for tokens, dropped in _dropped(dims, micro_batch_size)
+        for scalars, crops in zip(skipped, dropped[first:], strict=True)
+    )
+    return of_all / micro_batch_size
+
+
+def _block_flops(dims: Dims, tokens: int, *, attention: bool = True) -> int:
+    """FLOPs of a block's forward over one crop."""
+    products = 4 * tokens**2 * dims.embed_dim if attention else 0
+    return 2 * tokens * dims.block_matrices + products
+
+
+def _dropped(dims: Dims, micro_batch_size: int) -> Iterator[tuple[int, list[int]]]:
+    """Tokens of a crop, and of how many of a micro-batch's each block leaves a branch out."""
     if not dims.subset_rate:
-        return 0.0
-    dropped = 0.0
+        return
     for crops, size in ((NUM_GLOBAL, dims.global_size), (dims.num_local, dims.local_size)):
         if not crops:
             continue
         images = crops * micro_batch_size
-        tokens = dims.num_special + (size // dims.patch_size) ** 2
-        of_block = 2 * tokens * dims.block_matrices
-        of_block += 4 * tokens**2 * dims.embed_dim if attention else 0
         kept = kept_images(
             images,
             depth=dims.depth,
             drop_path_rate=dims.subset_rate,
             uniform=dims.subset_uniform,
         )
-        dropped += of_block * (images * dims.depth - sum(kept)) / micro_batch_size
-    return dropped
+        yield dims.num_special + (size // dims.patch_size) ** 2, [images - each for each in kept]
 
 
 def _flops_of_size(dims: Dims) -> StepFlops:

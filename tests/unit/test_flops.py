@@ -94,7 +94,10 @@ def test_layers_of_dinov2_and_3_are_counted_as_torch_counts_them(others: dict[st
 
 
 @pytest.mark.parametrize("uniform", [False, True])
-def test_branches_that_are_dropped_are_counted_as_torch_counts_them(uniform: bool) -> None:
+@pytest.mark.parametrize("part", [{}, {"lora": {"rank": 3}}, {"optim": {"trained_blocks": 1}}])
+def test_branches_that_are_dropped_are_counted_as_torch_counts_them(
+    uniform: bool, part: dict[str, Any]
+) -> None:
     of_subset = {"drop_path_mode": "subset", "drop_path_uniform": uniform, "drop_path_rate": 0.4}
     config = parse_config(
         {
@@ -102,6 +105,8 @@ def test_branches_that_are_dropped_are_counted_as_torch_counts_them(uniform: boo
             "head": HEAD,
             "crops": {"global_size": 32, "local_size": 16, "num_local": 2},
             "eval": {"crop": 32, "resize": 32},
+            "train": {"init_from": "w.pth"},
+            **part,
         }
     )
     dims, network = dims_of(config), build_networks(config)[0]
