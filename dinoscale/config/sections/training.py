@@ -59,7 +59,9 @@ class OptimConfig(Section):
     trained_blocks: Count | None = Field(
         default=None,
         description="Only the last so many blocks train, with the final norm, the mask token and "
-        "the heads; the rest of the backbone stays as it began. null: all of it trains. [D].",
+        "the heads; the rest of the backbone stays as it began. With a patch loss (ibot) gradients "
+        "pass all blocks on the way to the mask token, and frozen ones keep their activations, "
+        "too. null: all of it trains. [D].",
     )
     min_lr: PositiveOrZero = Field(
         default=1e-6, description="Final learning rate, not scaled with the batch. Source: [C]."
