@@ -37,6 +37,7 @@ from dinoscale.convert.formats.to_hf import reopen_hf, write_hf
 from dinoscale.convert.formats.to_timm import reopen_timm, write_timm
 from dinoscale.convert.parity import (
     MAX_DIFFERENCE,
+    MAX_MERGED_DIFFERENCE,
     MIN_COSINE,
     MIN_COSINE_ROUNDED,
     Agreement,
@@ -46,6 +47,7 @@ from dinoscale.convert.parity import (
     forward_of,
     require_any_device,
     require_complete,
+    require_merged,
     require_same,
     second_size,
     under_our_names,
@@ -207,6 +209,7 @@ def convert(
         full = forward_of(weights)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
+    merged = require_merged(weights)
     if size is not None or (target.resizing is not None and not weights.is_rotary):
         stored = weights.card.backbone.img_size
         weights = at_size(weights, img_size=stored if size is None else size)
@@ -221,6 +224,8 @@ def convert(
             )
             card = _card(weights, proof, to=to, dtype=dtype, files=checksums(written))
             card |= {"left_out": left_out} if left_out else {}
+            if merged is not None:
+                card["merged_adapters"] = {"limit": MAX_MERGED_DIFFERENCE, **asdict(merged)}
             put_in_place(written, path, json.dumps(card, indent=2) + "\n")
     except ConversionError as error:
         raise ConversionError(f"{source} to {to}: {error}") from error

@@ -14,16 +14,21 @@ from torch import Tensor, nn
 
 from dinoscale.convert.card import BackboneCard, Preprocessing
 from dinoscale.convert.coverage import Coverage, coverage_of, listed
-from dinoscale.convert.weights import Weights
+from dinoscale.convert.weights import Adapted, Weights
 from dinoscale.convert.weights_file import build, build_head
 from dinoscale.errors import ConversionError
+from dinoscale.models.block import add_adapters
 from dinoscale.models.heads import DinoHead
 from dinoscale.models.resnet import ResNet50
 from dinoscale.models.vit import VisionTransformer
+from dinoscale.models.zoo import build_backbone
 
 # Largest difference over largest feature, between two programs that compute the same in float32.
 MAX_DIFFERENCE = 1e-5
 MIN_COSINE = 0.9999
+# The same after merging adapters, computed in float64: merged numbers are rounded to float32 once,
+# by 2**-24 of them at most, in other directions in each of a network's matrices.
+MAX_MERGED_DIFFERENCE = 1e-6
 # Cosine of every token with that of the float32 source, after rounding the weights to 16 bit.
 MIN_COSINE_ROUNDED = 0.99
 
@@ -115,6 +120,47 @@ def forward_of(weights: Weights) -> Forward:
         None if state is None else build_head(state) for state in (weights.head, weights.patch_head)
     )
     return our_forward(backbone, *heads)
+
+
+def require_merged(weights: Weights) -> Agreement | None:
+    """Compare the features of merged adapters with those of the network that was trained.
+
+    In float64, as the sums of a deep network in float32 would differ by more than the merging.
+    Memory: 8 bytes per weight, of one of the networks at a time.
+
+    Returns:
+        Their agreement; None for weights without adapters.
+
+    Raises:
+        ConversionError: the features differ.
+    """
+    adapted, shape = weights.adapted, weights.card.backbone
+    if adapted is None:
+        return None
+
+    def merged(images: Tensor) -> Outputs:
+        return our_forward(build(weights)[0].double())(images.double())
+
+    def apart(images: Tensor) -> Outputs:
+        return our_forward(_with_adapters(adapted, weights).double())(images.double())
+
+    found = compare(apart, merged, in_chans=shape.in_chans, size=shape.img_size)
+    if not found.max_difference <= MAX_MERGED_DIFFERENCE:
+        raise ConversionError(
+            f"{weights.card.source}: with its adapters merged, features differ by"
+            f" {found.max_difference:.2g} of the largest from those it was trained with (at most"
+            f" {MAX_MERGED_DIFFERENCE:.0e}); nothing was written"
+        )
+    return found
+
+
+def _with_adapters(adapted: Adapted, weights: Weights) -> VisionTransformer:
+    with torch.device("meta"):  # skips the random initialisation
+        backbone = build_backbone(**vars(weights.card.backbone))
+        assert isinstance(backbone, VisionTransformer)
+        add_adapters(backbone.blocks, rank=adapted.rank, alpha=adapted.alpha)
+    backbone.load_state_dict(adapted.state, assign=True)
+    return backbone.eval()
 
 
 def to_meta(module: nn.Module, forward: Forward) -> Callable[[], Forward]:

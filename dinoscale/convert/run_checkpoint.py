@@ -8,7 +8,7 @@ from dinoscale.checkpoint.layout import checkpoints, is_checkpoint, run_with_che
 from dinoscale.checkpoint.load import EMA, MASTER, open_run
 from dinoscale.config import RunConfig, parse_config
 from dinoscale.convert.card import BackboneCard, BackboneShape
-from dinoscale.convert.weights import Network, Weights
+from dinoscale.convert.weights import Adapted, Network, Weights
 from dinoscale.engine.build import layers_of
 from dinoscale.models.weight_names import merged
 
@@ -29,7 +29,8 @@ def read_run(
 ) -> Weights:
     """Merge one network of a checkpoint from the files of all ranks, float32, on the CPU.
 
-    Memory: the network itself; each file is read once, front to back, directly into its tensors.
+    Memory: the network itself, and with adapters the matrices that they are merged into once more;
+    each file is read once, front to back, directly into its tensors.
 
     Args:
         path: a run directory (its newest checkpoint) or one of its step_* directories.
@@ -50,7 +51,9 @@ def read_run(
         }
         for part in ("backbone.", "head.", "patch_head.")
     }
+    adapted = None
     if config.lora.rank:
+        adapted = Adapted(parts["backbone."], config.lora.rank, config.lora.alpha)
         parts["backbone."] = merged(parts["backbone."], scale=config.lora.scale)
     # A card is published: no folders above the run.
     name = "/".join(checkpoint.path.resolve().parts[-3:])
@@ -70,6 +73,7 @@ def read_run(
         "run",
         run=origin,
         patch_head=parts["patch_head."] or None,
+        adapted=adapted,
     )
 
 

@@ -22,6 +22,21 @@ Kind = Literal[
 
 
 @dataclass(frozen=True, eq=False)
+class Adapted:
+    """A backbone as it was trained, with its adapters apart.
+
+    Attributes:
+        state: all its tensors, those of adapters among them.
+        rank: of the adapters.
+        alpha: they are multiplied by alpha / rank.
+    """
+
+    state: dict[str, Tensor]
+    rank: int
+    alpha: float
+
+
+@dataclass(frozen=True, eq=False)
 class Weights:
     """One network of a source, on the CPU, in the dtype of the file.
 
@@ -37,6 +52,7 @@ class Weights:
         network: which of the two it is; the default where the source holds only one.
         run: of a run, its checkpoint's name, step, k-NN accuracy in percent and configuration.
         patch_head: tensors of the patch tokens' own head, as `head`; None where they have none.
+        adapted: of a run with adapters the backbone into whose matrices they are merged here.
     """
 
     backbone: dict[str, Tensor]
@@ -47,6 +63,7 @@ class Weights:
     network: Network = "teacher"
     run: Mapping[str, object] | None = None
     patch_head: dict[str, Tensor] | None = None
+    adapted: Adapted | None = None
 
     @property
     def is_rotary(self) -> bool:

@@ -1,6 +1,7 @@
 """A run's checkpoint of several ranks becomes whole weights, in little more than their memory."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from dinoscale.checkpoint.checksums import sha256, write_sums
 from dinoscale.checkpoint.load import open_run
 from dinoscale.config import RunConfig
 from dinoscale.convert.conversion import convert
+from dinoscale.convert.parity import require_merged
 from dinoscale.convert.source import read_source
 from dinoscale.convert.weights_file import build_head, load_backbone
 from dinoscale.engine.build import build_networks
@@ -36,6 +38,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tenso
 def _write_run(folder: Path, config: RunConfig) -> dict[str, Tensor]:
     """Write a checkpoint of four ranks; returns the teacher's weights."""
     teacher = dict(build_networks(config)[1].state_dict())
+    for name in teacher:
+        if name.endswith(".lora_b"):  # begins as zeros
+            teacher[name] = 0.1 * torch.randn_like(teacher[name])
     kinds = {"ema": 0.0, "master": 1.0, "exp_avg": 2.0, "exp_avg_sq": 3.0}
     step = folder / "checkpoints" / "step_00000007"
     step.mkdir(parents=True)
@@ -164,6 +169,26 @@ def test_a_run_of_dinov3_is_written_as_its_authors_write_it(tmp_path: Path) -> N
         assert back.patch_head is not None
         assert torch.equal(back.patch_head["last_layer.weight"], weight)
         build_head(back.patch_head)
+
+
+def test_merged_adapters_give_the_features_that_were_trained(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = tiny_config(lora={"rank": 2, "alpha": 6.0}, train={"init_from": "w.pth"})
+    _write_run(tmp_path / "run", config)
+    card = convert(tmp_path / "run", tmp_path / "w.safetensors", to="dino")
+    assert card["merged_adapters"]["max_difference"] <= 1e-6
+    assert json.loads((tmp_path / "w.safetensors.json").read_text())["merged_adapters"]
+    weights = read_source(tmp_path / "run")
+    adapted = weights.adapted
+    assert adapted is not None
+    base = {name: tensor for name, tensor in adapted.state.items() if "lora_" not in name}
+    for wrong in (
+        replace(weights, backbone=base),
+        replace(weights, adapted=replace(adapted, alpha=6.1)),
+    ):
+        with pytest.raises(ConversionError, match=r"with its adapters merged, features differ by"):
+            require_merged(wrong)
+    assert require_merged(replace(weights, adapted=None)) is None
 
 
 def test_a_published_card_has_the_recipe_and_no_paths(
