@@ -106,12 +106,23 @@ def remake(tensor: Tensor, make: Callable[[], Tensor]) -> None:
         by_address[address] = [saved for saved in kept if not saved.forget(tensor, make)]
 
 
-def checkpointed(what: Recompute, function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Call `function(*args)`, which draws no random numbers, with activation checkpointing."""
+def checkpointed(
+    what: Recompute, function: Callable[..., Tensor], tokens: Tensor, *args: Any
+) -> Tensor:
+    """Call `function(tokens, *args)`, which draws no random numbers, with activation checkpointing.
+
+    Args:
+        what: is recomputed.
+        function: of a block.
+        tokens: (..., D).
+        args: further ones.
+    """
     run = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    if what in _CONTEXTS:
-        run = functools.partial(run, context_fn=_CONTEXTS[what])
-    result: Tensor = run(function, *args)
+    if what in _POLICIES:
+        policy = functools.partial(_POLICIES[what], width=tokens.shape[-1])
+        contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+        run = functools.partial(run, context_fn=contexts)
+    result: Tensor = run(function, tokens, *args)
     return result
 
 
@@ -119,13 +130,16 @@ def _keep_attention(_: Any, operator: Any, *__: Any, **___: Any) -> CheckpointPo
     return _keep_if(_name(operator) in _ATTENTION)
 
 
-def _keep_products_too(_: Any, operator: Any, *args: Any, **__: Any) -> CheckpointPolicy:
+def _keep_products_too(
+    _: Any, operator: Any, *args: Any, width: int, **__: Any
+) -> CheckpointPolicy:
     name = _name(operator)
     if name in _PRODUCTS:
         # (..., weight transposed) or (x, weight, bias)
         into, out = args[1].shape[::-1] if name == "linear" else args[-1].shape
-        # The MLP's last product, the only one that narrows, is only summed: no backward needs it.
-        return _keep_if(out >= into)
+        # The MLP's last product, which narrows, is only summed: no backward needs it. Nor does it
+        # need those of adapters, to their rank and from it: both are small to make again.
+        return _keep_if(out >= into >= width)
     return _keep_if(name in _ATTENTION)
 
 
@@ -138,7 +152,7 @@ def _keep_if(wanted: bool) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if wanted else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-_CONTEXTS: dict[Recompute, Callable[[], Any]] = {
-    "all_but_attention": functools.partial(create_selective_checkpoint_contexts, _keep_attention),
-    "pointwise": functools.partial(create_selective_checkpoint_contexts, _keep_products_too),
+_POLICIES: dict[Recompute, Callable[..., CheckpointPolicy]] = {
+    "all_but_attention": _keep_attention,
+    "pointwise": _keep_products_too,
 }

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import CheckpointPolicy
 
-from dinoscale.models.activation_checkpointing import Recompute
+from dinoscale.models.activation_checkpointing import Recompute, _keep_products_too
 from dinoscale.models.stochastic_depth import stochastic_depth_keep
 from dinoscale.models.vit import VisionTransformer
 from dinoscale.models.zoo import build_backbone
@@ -85,3 +86,21 @@ def test_each_kind_of_recomputation_takes_less_memory_and_changes_no_bit(
         assert len(gradients) == len(expected)
         assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
         assert peak < share * most
+
+
+@pytest.mark.parametrize(
+    ("into", "out", "kept"),
+    [
+        *((24, 72, True), (24, 24, True), (24, 96, True), (96, 24, False)),  # qkv, projection, MLP
+        *((24, 4, False), (4, 72, False), (4, 24, False), (96, 4, False)),  # adapters of rank 4
+    ],
+)
+def test_the_products_of_adapters_are_not_kept(into: int, out: int, kept: bool) -> None:
+    tokens, weight, bias = (torch.empty(*shape) for shape in ((10, into), (into, out), (out,)))
+    expected = CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    aten = torch.ops.aten
+    for operator, inputs in (
+        (aten.mm.default, (tokens, weight)),
+        (aten.addmm.default, (bias, tokens, weight)),
+    ):
+        assert _keep_products_too(None, operator, *inputs, width=24) == expected
