@@ -24,7 +24,7 @@ from dinoscale.convert.card import BackboneCard
 from dinoscale.convert.coverage import Coverage, coverage_of
 from dinoscale.convert.formats.special_tokens import slot_added, slot_removed
 from dinoscale.convert.source import read_source
-from dinoscale.convert.step_zero import compare_at_start
+from dinoscale.convert.step_zero import compare_at_start, input_channels
 from dinoscale.convert.weights import Weights
 from dinoscale.convert.weights_file import build
 from dinoscale.engine.build import InitialWeights, StepZero, shapes_only
@@ -259,8 +259,11 @@ def _fitted_head(
     return state
 
 
-def _remedy(source: nn.Module, target: nn.Module) -> str:
-    """What to do if a run's backbone computes other features: settings that no tensor shows."""
+def _remedy(source: VisionTransformer | ResNet50, target: VisionTransformer | ResNet50) -> str:
+    """What to do if a run's backbone computes other features.
+
+    Settings that no tensor shows, and channels, with which there is nothing to adapt.
+    """
     wanted = []
     there, here = _norm_eps(source), _norm_eps(target)
     if there != here:
@@ -272,6 +275,9 @@ def _remedy(source: nn.Module, target: nn.Module) -> str:
     masked = _masks_key_bias(source)
     if masked != _masks_key_bias(target):
         wanted.append(f"model.mask_key_bias={str(masked).lower()}")
+    there_channels, here_channels = input_channels(source), input_channels(target)
+    if not wanted and there_channels != here_channels:
+        wanted.append(f"data.channels={there_channels}")
     if wanted:
         return f"set {' '.join(wanted)}, as it has"
     return "no setting of model.* explains that: please report it, and what the file is"

@@ -26,6 +26,8 @@ from dinoscale.models.vit import VisionTransformer
 ROUNDING = 2.0**-20
 # Of the effect of one change of the pictures by ROUNDING: effects of equal size vary by less.
 _MARGIN = 8
+# Of a bound: a network that amplifies rounding a thousand times would else be allowed any features.
+_LARGEST = 2.0**-7
 _SEED = 0
 _FEW_PATCHES = 4  # along a side, where positions are computed for any size
 
@@ -57,7 +59,7 @@ def compare_at_start(
     target.eval().requires_grad_(False)
     if isinstance(source, VisionTransformer) and source.rope is not None:
         size = _FEW_PATCHES * source.patch_size
-    theirs, ours = _pictures(_channels(source), _channels(target), size=size)
+    theirs, ours = _pictures(input_channels(source), input_channels(target), size=size)
     with torch.inference_mode():
         expected, changed = _tokens(source, theirs).split(1)
         heartbeat()
@@ -67,7 +69,7 @@ def compare_at_start(
         pictures=ours[:1],
         class_tokens=expected[:, 0].clone() if isinstance(source, VisionTransformer) else None,
         difference=relative_difference(found, expected),
-        bound=_MARGIN * max(relative_difference(changed, expected), ROUNDING),
+        bound=min(_MARGIN * max(relative_difference(changed, expected), ROUNDING), _LARGEST),
     )
 
 
@@ -82,6 +84,13 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
     return float(((found - expected).norm(dim=-1) / lengths).max())  # max keeps a NaN
 
 
+def input_channels(backbone: Backbone) -> int:
+    """Channels of a picture that a backbone takes."""
+    is_resnet = isinstance(backbone, ResNet50)
+    first: Any = backbone.get_submodule("conv1" if is_resnet else "patch_embed.proj")
+    return int(first.in_channels)
+
+
 def _pictures(channels: int, of_run: int, *, size: int) -> tuple[Tensor, Tensor]:
     """A picture and, after it, the same with every pixel changed by ROUNDING: (2, C, S, S) of both.
 
@@ -93,13 +102,6 @@ def _pictures(channels: int, of_run: int, *, size: int) -> tuple[Tensor, Tensor]
     signs = torch.randint(0, 2, picture.shape, generator=generator) * 2 - 1
     both = torch.cat((picture, picture * (1 + ROUNDING * signs)))
     return both.expand(-1, channels, -1, -1), both.expand(-1, of_run, -1, -1)
-
-
-def _channels(backbone: Backbone) -> int:
-    """Channels of a picture that it takes."""
-    is_resnet = isinstance(backbone, ResNet50)
-    first: Any = backbone.get_submodule("conv1" if is_resnet else "patch_embed.proj")
-    return int(first.in_channels)
 
 
 def _tokens(backbone: Backbone, pictures: Tensor) -> Tensor:

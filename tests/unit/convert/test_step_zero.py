@@ -1,8 +1,10 @@
 """Step 0 against the source of the weights: equal within rounding, and what is not is refused."""
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from dinoscale.engine.build import StepZero, build_networks, shapes_only
 from dinoscale.errors import ConfigError
 from dinoscale.models.rope import Rope
 from dinoscale.models.vit import VisionTransformer
+from dinoscale.training.step_zero import compare_features
 from tests.distributed.tiny_run import tiny_config
 
 _PLAIN = tiny_config().model.model_dump(exclude_none=True)
@@ -87,6 +90,50 @@ def test_weights_that_fit_and_are_not_the_sources_are_seen(
     broken = _compared(source, state, model=LEARNED)
     assert broken.bound == same.bound
     assert broken.difference > 30 * broken.bound
+
+
+def test_a_network_that_amplifies_rounding_is_not_allowed_any_features() -> None:
+    source = _network(model=LEARNED)
+    tokens = _compared(source, dict(source.state_dict()), model=LEARNED).class_tokens
+    assert tokens is not None
+    with torch.no_grad():
+        source.norm.bias -= tokens[0]  # what is left of the class token is rounding
+    state = dict(source.state_dict())
+    same = _compared(source, state, model=LEARNED)
+    assert (same.difference, same.bound) == (0, 2.0**-7)
+    _moved(state)
+    assert _compared(source, state, model=LEARNED).difference > same.bound
+
+
+@pytest.mark.parametrize(
+    ("precision", "share", "outcome"),
+    [
+        ("fp32", 1e-6, "within rounding"),
+        ("fp32", 0.05, "warned"),
+        ("bf16", 0.05, "within rounding"),
+        ("bf16", 0.3, "warned"),
+        ("fp32", 0.6, "refused"),
+        ("bf16", 0.6, "refused"),
+        ("bf16", float("nan"), "refused"),
+    ],
+)
+def test_only_what_no_rounding_explains_of_the_sharded_teacher_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, precision: str, share: float, outcome: str
+) -> None:
+    tokens = torch.ones(1, 4)
+    start = StepZero(torch.zeros(1, 3, 16, 16), tokens, difference=0.0, bound=1e-5)
+    teacher: Any = SimpleNamespace(class_tokens=lambda _: tokens * (1 + share))
+    engine = {"precision": precision, "zero_stage": 2}
+    config = tiny_config(str(tmp_path), engine=engine, train={"init_from": "w.pth"})
+    if outcome == "refused":
+        way_on = {"bf16": r"engine\.precision=fp32", "fp32": r"another engine\.zero_stage"}
+        with pytest.raises(ConfigError, match=f"does not compute .*set {way_on[precision]}"):
+            compare_features(config, teacher, start)
+    else:
+        compare_features(config, teacher, start)
+    (event,) = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert event["outcome"] == outcome
+    assert ("the run goes on" in caplog.text) == (outcome == "warned")
 
 
 @pytest.mark.parametrize(
