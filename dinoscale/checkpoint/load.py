@@ -39,6 +39,8 @@ from dinoscale.errors import CheckpointError, UnreadableError
 
 log = logging.getLogger(__name__)
 
+# Settings that name weights which those of a run derive from.
+_DERIVED_FROM = (("train", "init_from"), ("train", "continue_from"), ("gram", "teacher"))
 _DAMAGES = (  # what parsing a damaged or foreign file can raise
     ValueError,
     OverflowError,
@@ -256,6 +258,17 @@ class Checkpoint:
     def has_anchor(self) -> bool:
         """Whether the weights of an anchor are here."""
         return bool(self.state.get("anchor", False))  # older versions saved none
+
+    @property
+    def licence(self) -> str | None:
+        """What is known of the licence of weights that these derive from; None if of none."""
+        if "licence" in self.state:
+            noted: str | None = self.state["licence"]
+            return noted
+        config = self.state["config"]  # of an older version, which noted none
+        named = [config.get(section, {}).get(key) for section, key in _DERIVED_FROM]
+        names = [Path(path).name for path in named if path is not None]
+        return f"Not recorded (the run began with {' and '.join(names)})." if names else None
 
     def _require_elements(self) -> None:
         of_backbone = {n: s for n, s in self.shapes.items() if n.startswith("backbone.")}

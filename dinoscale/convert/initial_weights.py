@@ -107,8 +107,8 @@ def _is_phase(path: str | None) -> bool:
 
 def read_gram_weights(
     config: RunConfig, heartbeat: Callable[[], None] = lambda: None
-) -> dict[str, Tensor] | None:
-    """Every tensor of the backbone of `gram.teacher`; None where it is null, or on other ranks.
+) -> InitialWeights | None:
+    """The backbone of `gram.teacher`; None where it is null, or on other ranks.
 
     Arguments and errors as of `read_initial_weights`.
     """
@@ -116,9 +116,13 @@ def read_gram_weights(
     if path is None or distributed.rank() != 0:
         return None
     target = shapes_only(config).backbone
-    _, state, coverage, _ = _read_backbone(path, target, config, heartbeat, key="gram.teacher")
+    weights, state, coverage, _ = _read_backbone(
+        path, target, config, heartbeat, key="gram.teacher"
+    )
     log.info("the Gram network is that of %s: %s of its backbone", path, coverage)
-    return state
+    if weights.card.licence is not None:
+        log.info("%s", weights.card.licence)
+    return InitialWeights(state, licence=weights.card.licence)
 
 
 def _read_backbone(

@@ -57,9 +57,7 @@ def read_run(
         parts["backbone."] = merged(parts["backbone."], scale=config.lora.scale)
     # A card is published: no folders above the run.
     name = "/".join(checkpoint.path.resolve().parts[-3:])
-    card = replace(
-        card_of(config, source=f"{name} {network}"), licence=checkpoint.state.get("licence")
-    )
+    card = replace(card_of(config, source=f"{name} {network}"), licence=checkpoint.licence)
     origin = {
         "checkpoint": name,
         "step": checkpoint.step,

@@ -51,7 +51,7 @@ class StepZero:
 
 @dataclass(frozen=True, eq=False)
 class InitialWeights:
-    """Weights of `train.init_from`, which replace random initialization.
+    """Weights of `train.init_from`, which replace random initialization, or of `gram.teacher`.
 
     Attributes:
         backbone: every tensor of the backbone, on the CPU.

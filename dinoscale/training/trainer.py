@@ -3,7 +3,7 @@
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from dinoscale.checkpoint.layout import checkpoints
 from dinoscale.checkpoint.load import Checkpoint
@@ -35,6 +34,7 @@ from dinoscale.config.resolve import (
     with_micro_batch,
     without_auto,
 )
+from dinoscale.convert.formats.licences import joined_notes
 from dinoscale.convert.initial_weights import (
     initial_weights_caution,
     read_gram_weights,
@@ -262,9 +262,9 @@ def _build(
         compare_features(config, teacher, step_zero)
     if teacher.gram is not None and begins_gram:
         _begin_gram(teacher.gram, config, plan, gram_from)
-    licence = None if init_from is None else init_from.licence
-    for begun in filter(None, (other, checkpoint)):
-        licence = begun.state.get("licence")
+    licence = joined_notes(
+        None if part is None else part.licence for part in (checkpoint, other, init_from, gram_from)
+    )
     del init_from, gram_from  # 4 bytes per weight, on rank 0
     online_knn, held_out = _measured_sets(config, hosts, stop, watchdog)
     if is_first:
@@ -309,7 +309,7 @@ def _networks(
 
 
 def _begin_gram(
-    gram: GramNetwork, config: RunConfig, plan: RunPlan, weights: Mapping[str, Tensor] | None
+    gram: GramNetwork, config: RunConfig, plan: RunPlan, weights: InitialWeights | None
 ) -> None:
     """Give the Gram network the weights of gram.teacher, else keep those of another run, if any.
 
@@ -319,7 +319,7 @@ def _begin_gram(
         ConfigError: on every rank, if there are none, and no refresh will bring some, or too late.
     """
     if config.gram.teacher is not None:
-        gram.load(weights)
+        gram.load(None if weights is None else weights.backbone)
     elif gram.refreshes is not None:
         gram.refreshes = 0  # those of the other run do not count
     elif config.gram.refresh_every_steps is None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 
 from dinoscale.checkpoint.load import open_run
 from dinoscale.config import load_config
+from dinoscale.convert.run_checkpoint import card_of
 from dinoscale.convert.source import read_source
-from dinoscale.convert.weights_file import load_backbone
+from dinoscale.convert.weights_file import load_backbone, save_backbone
 from dinoscale.engine.build import build_networks
 from dinoscale.errors import ConfigError
 from tests.distributed.plain_run import NUMBERS
@@ -142,9 +144,12 @@ def test_a_run_starts_from_another_and_resumes_without_it(tmp_path: Path) -> Non
     network, _ = build_networks(load_config("vit_t16", settings(run_dir=first)))
     state = {"teacher": network.backbone.state_dict(), "args": argparse.Namespace(num_heads=1)}
     torch.save(state, bare)
-    note = read_source(bare).card.licence
-    assert note is not None
+    gram = tmp_path / "gram.safetensors"
+    card = card_of(load_config("vit_t16", settings(run_dir=first)), source="another")
+    save_backbone(gram, network.backbone.state_dict(), replace(card, licence="Of another."))
+    note = f"{read_source(bare).card.licence} Of another."
     from_file = (f"train.init_from={bare}", "engine.zero_stage=3")
+    from_file += ("gram.loss_weight=1.0", f"gram.teacher={gram}")
     for code, text in _train(*from_file, "train.stop_after_steps=1", run_dir=first):
         assert code == 0, text
     assert _compared(first)["source"] == str(bare)

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from dinoscale.config import RunConfig, parse_config, resolve
 from dinoscale.config.sections.lora import LoraConfig
+from dinoscale.engine.build import InitialWeights
 from dinoscale.errors import ConfigError
 from dinoscale.training.resume import (
     batch_norm_caution,
@@ -269,12 +271,12 @@ class _Gram:
 
 
 def test_a_gram_network_begins_as_given_else_as_that_of_another_run_else_with_a_refresh() -> None:
-    weights: Any = {"cls_token": None}
+    weights: Any = InitialWeights({"cls_token": torch.zeros(1)})
     plan: Any = SimpleNamespace(steps_per_epoch=1)
     for refreshes in (None, 3):
         gram: Any = _Gram(refreshes)
         _begin_gram(gram, parse_config({"gram": {"teacher": "w.pth"}}), plan, weights)
-        assert gram.loaded == [weights]
+        assert gram.loaded == [weights.backbone]
     of_another: Any = _Gram(3)
     _begin_gram(of_another, parse_config({}), plan, None)
     assert (of_another.refreshes, of_another.loaded) == (0, [])  # its refreshes do not count here

@@ -7,7 +7,7 @@ one: the note says no more than that. It stays with all that is trained from the
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from dinoscale.convert.read_files import Content
@@ -32,6 +32,15 @@ def licence_note(content: Content, family: Family) -> str:
     )
     stated = _stated(content)
     return f"{note} Beside them, {stated}." if stated else note
+
+
+def joined_notes(notes: Iterable[str | None]) -> str | None:
+    """The notes on all weights that something derives from, each once; None if there are none."""
+    joined = ""
+    for note in notes:
+        if note is not None and note not in joined:  # one may be joined already
+            joined = f"{joined} {note}".strip()
+    return joined or None
 
 
 def _stated(content: Content) -> str | None:

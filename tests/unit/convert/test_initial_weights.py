@@ -211,13 +211,15 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 def test_weights_of_the_gram_network_are_fitted_alike_and_refused_by_name(tmp_path: Path) -> None:
     path, teacher = _reference(tmp_path)
     gram = {"loss_weight": 1.0, "teacher": str(path)}
-    state = read_gram_weights(tiny_config(gram=gram))
-    assert _equal(state, teacher.backbone.state_dict())
+    found = read_gram_weights(tiny_config(gram=gram))
+    assert found is not None
+    assert _equal(found.backbone, teacher.backbone.state_dict())
+    assert found.licence == read_source(path).card.licence is not None
     masked = tiny_config(gram=gram, crops={"global_size": 32}, ibot={"loss_weight": 1.0})
-    state = read_gram_weights(masked)
-    assert state is not None
-    assert not state["mask_token"].any()
-    assert state["pos_embed"].shape == (1, 17, 20)
+    found = read_gram_weights(masked)
+    assert found is not None
+    assert not found.backbone["mask_token"].any()
+    assert found.backbone["pos_embed"].shape == (1, 17, 20)
     assert read_gram_weights(tiny_config()) is None
     with pytest.raises(ConfigError, match=f"^gram.teacher: {path} holds a ViT .*depth 2"):
         read_gram_weights(tiny_config(gram=gram, model={"depth": 3}))

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from dinoscale.convert.conversion import convert
 from dinoscale.convert.formats.dinov3 import as_in_dinov3
+from dinoscale.convert.formats.licences import joined_notes
 from dinoscale.convert.initial_weights import read_initial_weights
 from dinoscale.convert.source import read_source
 from dinoscale.engine.build import build_networks
@@ -82,6 +83,13 @@ def test_what_a_hubs_folder_says_is_told(
     file = "config.json" if readme is None else "README.md"
     assert ("Beside them" in note) == (says is not None)
     assert note.endswith(f" Beside them, {file} says license: {says}.") or says is None
+
+
+def test_notes_are_joined_each_once() -> None:
+    assert joined_notes([None, None]) is None
+    assert joined_notes([None, "Of A."]) == "Of A."
+    both = joined_notes(["Of A.", None, "Of B."])
+    assert both == joined_notes([both, "Of B.", "Of A."]) == "Of A. Of B."
 
 
 def test_a_run_takes_the_note_over(tmp_path: Path) -> None:

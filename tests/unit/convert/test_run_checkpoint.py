@@ -68,6 +68,24 @@ def _write_run(folder: Path, config: RunConfig) -> dict[str, Tensor]:
     return teacher
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, None),
+        ({"train": {"init_from": "/home/me/w.pth"}}, "Not recorded (the run began with w.pth)."),
+        (
+            {"train": {"continue_from": "runs/a/"}, "gram": {"loss_weight": 1.0, "teacher": "g"}},
+            "Not recorded (the run began with a and g).",
+        ),
+    ],
+)
+def test_a_checkpoint_of_an_earlier_version_has_no_note_on_a_licence_and_says_so(
+    tmp_path: Path, changes: dict[str, Any], says: str | None
+) -> None:
+    _write_run(tmp_path, tiny_config(**changes))
+    assert open_run(tmp_path).licence == read_source(tmp_path).card.licence == says
+
+
 def test_either_network_is_merged_bit_for_bit(run: tuple[Path, dict[str, Tensor]]) -> None:
     folder, teacher = run
     for path in (folder, folder / "checkpoints" / "step_00000007"):
