@@ -4,7 +4,8 @@
         + w_class Anchor of class tokens + w_patch Anchor of patches
 
 DINO's terms of local crops have a scheduled weight besides. The anchor's terms are means over the
-global crops of which nothing is masked: masked ones are other pictures than the anchor sees.
+global crops that are not chosen to be masked, the same number in each group of images, whatever the
+split into micro-batches: masked ones are other pictures than the anchor sees.
 
 It is computed inside the student's forward, where ZeRO has gathered the prototypes, so all terms
 come out of one engine forward. Shape letters as in `engine/step.py`; M masked patches.
@@ -97,7 +98,7 @@ class LossWeights:
         gram_tokens: which patches are compared.
         anchor_class: of the anchor's distances of class tokens.
         anchor_patch: of those of patches.
-        unmasked_share: share of the global crops in which no patch is masked, above 0.
+        unmasked_share: share of the global crops that are not chosen to be masked, above 0.
     """
 
     student_temp: float
@@ -253,11 +254,11 @@ class MicroBatchLoss:
         return masked if self._weights.gram_tokens == "masked" else ~masked
 
     def _anchor(self, name: str, tokens: Tensor, target: Tensor) -> Tensor:
-        """The mean distance over the global crops of which nothing is masked, by its name."""
+        """The mean distance over the global crops that are not chosen to be masked, by its name."""
         distances = anchor_distances(tokens, target)  # (2 * B,)
         if self._masks is not None:
-            distances = distances.masked_fill(self._masks.masks.any(1), 0.0)
-        # By the recipe's number of them: a sum over micro-batches is then that over all images.
+            distances = distances.masked_fill(self._masks.chosen, 0.0)
+        # By their number, which is the recipe's share of any whole groups.
         loss = distances.sum() / (len(distances) * self._weights.unmasked_share)
         self.terms[name] = loss.detach()
         return loss

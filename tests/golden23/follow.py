@@ -203,7 +203,8 @@ def _masks(masks: Tensor) -> Any:
 
     flat = masks.flatten(0, 1)
     counts = flat.sum(1, keepdim=True).expand_as(flat)
-    return Masks(flat, flat.flatten().nonzero().flatten(), 1 / counts[flat].float())
+    rows = flat.flatten().nonzero().flatten()
+    return Masks(flat, rows, 1 / counts[flat].float(), chosen=flat.any(1))
 
 
 def _initial(way: Way) -> dict[str, Tensor]:

@@ -34,11 +34,14 @@ class Masks(NamedTuple):
         masks: whether a patch is masked, bool (2 * B, P), patches row by row.
         rows: the masked ones as ascending indices into the flattened (2 * B * P), int64 (M,).
         weights: 1 / masked patches of the same crop, float32 (M,).
+        chosen: whether a crop is one of those to mask, bool (2 * B,): as many in each group, and
+            more than have masked patches where dinov2 draws none for some.
     """
 
     masks: Tensor
     rows: Tensor
     weights: Tensor
+    chosen: Tensor
 
 
 def draw_masks(
@@ -90,9 +93,13 @@ def draw_masks(
         _complete(generators, counts, rectangles)
     crops = np.zeros((len(groups), NUM_GLOBAL * group, rectangles.shape[-1]), dtype=bool)
     crops[:, :masked] = rectangles
-    shuffled = [rng.permutation(of_group) for rng, of_group in zip(generators, crops, strict=True)]
-    views = np.stack(shuffled).reshape(len(groups), NUM_GLOBAL, group, -1).swapaxes(0, 1)
-    return _as_tensors(views.reshape(NUM_GLOBAL * images, -1))
+    order = np.stack([rng.permutation(NUM_GLOBAL * group) for rng in generators])
+    crops = np.take_along_axis(crops, order[..., None], axis=1)
+    by_view = (
+        rows.reshape(len(groups), NUM_GLOBAL, group, -1).swapaxes(0, 1)
+        for rows in (crops, order < masked)
+    )
+    return _as_tensors(*(rows.reshape(NUM_GLOBAL * images, -1) for rows in by_view))
 
 
 def _counts(
@@ -193,9 +200,9 @@ def _complete(
         masks[group, crop, drawn] = True
 
 
-def _as_tensors(masks: NDArray[np.bool_]) -> Masks:
-    """Indices and weights of the masked patches of all crops, (2 * B, P)."""
+def _as_tensors(masks: NDArray[np.bool_], chosen: NDArray[np.bool_]) -> Masks:
+    """Of all crops, the masked patches (2 * B, P) and whether one is chosen (2 * B, 1)."""
     count = masks.sum(axis=1)
     weights = np.repeat(1 / np.maximum(count, 1), count).astype(np.float32)
     rows = np.flatnonzero(masks).astype(np.int64)
-    return Masks(torch.from_numpy(masks), torch.from_numpy(rows), torch.from_numpy(weights))
+    return Masks(*(torch.from_numpy(each) for each in (masks, rows, weights, chosen[:, 0])))

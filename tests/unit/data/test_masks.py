@@ -64,6 +64,19 @@ def test_a_group_shares_out_the_ratios_among_a_share_of_its_crops(rule: Rule) ->
             assert (counts[-masked:] >= (PATCHES * ends[:-1]).long() - 3).all()  # 3 may be missing
 
 
+def test_as_many_crops_are_chosen_in_each_group_as_the_recipe_says_masked_or_not() -> None:
+    sparse = STEP | {"ratio": (0.0, 0.1), "images": 48}  # of 63 patches: often none of a crop
+    masks = draw_masks(**sparse, rule="dinov2")
+    masked = masks.masks.any(1)
+    assert not (masked & ~masks.chosen).any()
+    assert (masks.chosen & ~masked).any()
+    of_groups = masks.chosen.unflatten(0, (2, 12, 4)).sum((0, 2))
+    assert of_groups.tolist() == [4] * 12
+    part = draw_masks(**sparse | {"first_image": 8, "images": 4}, rule="dinov2")
+    whole = masks.chosen.unflatten(0, (2, -1))
+    assert torch.equal(part.chosen.unflatten(0, (2, -1)), whole[:, 8:12])
+
+
 def _literally(rule: Rule, number: int) -> NDArray[np.bool_]:
     """Masks of group `number` of `STEP`, (crops, P): one rectangle after the other."""
     rng = generator(STEP["seed"], Stream.MASKS, STEP["step"], number)

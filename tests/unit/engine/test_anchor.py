@@ -117,13 +117,18 @@ def test_is_zero_at_the_start_and_grows_as_the_weights_move(name: str) -> None:
         assert float(later[key].detach()) > 1e6 * bound, key
 
 
-def test_is_a_weighted_mean_over_the_crops_of_which_nothing_is_masked() -> None:
+@pytest.mark.parametrize("rule", ["dinov3", "dinov2"])
+def test_is_a_weighted_mean_over_the_crops_that_are_not_chosen(rule: str) -> None:
     config = _config()
+    if rule == "dinov2":  # of 16 patches: none of some chosen crops
+        ibot = config.ibot.model_copy(update={"mask_rule": rule, "mask_ratio": (0.0, 0.1)})
+        config = config.model_copy(update={"ibot": ibot})
     batch = _batch(config)
     terms, (tokens, patches, anchor) = _terms(config, batch, moved=0.05)
     assert batch.masks is not None
-    seen = ~batch.masks.masks.any(1)
+    seen = ~batch.masks.chosen
     assert int(seen.sum()) == IMAGES  # of twice as many crops
+    assert torch.equal(seen, ~batch.masks.masks.any(1)) == (rule == "dinov3")
     apart = 1 - torch.cosine_similarity(tokens[: 2 * IMAGES], anchor.classes, dim=-1)[seen].mean()
     of_patches = 1 - torch.cosine_similarity(patches, anchor.patches, dim=-1)[seen].mean()
     torch.testing.assert_close(terms["anchor_class_loss"], apart.detach(), rtol=1e-4, atol=1e-6)
