@@ -44,6 +44,7 @@ from dinoscale.data.decoding.decode import Decoder
 from dinoscale.data.sources.mixture import source_sizes
 from dinoscale.data.sources.source import Source, StoredSource, open_source
 from dinoscale.engine.build import InitialWeights, build_pair
+from dinoscale.engine.frozen.anchor import anchor_caution
 from dinoscale.engine.frozen.gram import GramNetwork
 from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
@@ -268,7 +269,7 @@ def _build(
     del init_from, gram_from  # 4 bytes per weight, on rank 0
     online_knn, held_out = _measured_sets(config, hosts, stop, watchdog)
     if is_first:
-        _announce(config, plan, process, student, teacher, resumed_from=checkpoint)
+        _announce(config, plan, process, student, teacher, resumed_from=checkpoint, other=other)
     deepspeed = {"student": student.deepspeed_config, "teacher": teacher.deepspeed_config}
     distributed.together(stop.check)
     distributed.together(lambda: directory.prepare(config, deepspeed) if is_first else None)
@@ -375,8 +376,12 @@ def _announce(
     teacher: Teacher,
     *,
     resumed_from: Checkpoint | None,
+    other: Checkpoint | None,
 ) -> None:
-    """Log the run's size, model, cautions and start in a few lines."""
+    """Log the run's size, model, cautions and start in a few lines.
+
+    The run goes on from its own checkpoint, from that of another run, or from neither.
+    """
     parameters = sum(math.prod(shape) for shape in student.shapes.values())
     log.info(
         "%s: %d images, %s of %d steps; step = %d images = %s x %d x %d (micro-batches)",
@@ -407,11 +412,14 @@ def _announce(
         log.warning("%d data workers share %d cores; lower data.num_workers", workers, cores)
     state = None if resumed_from is None else resumed_from.state
     then = None if state is None else state["plan"]
+    begun = other if resumed_from is None else resumed_from
+    with_anchor = begun.state["config"] if begun is not None and begun.has_anchor else None
     for caution in (
         batch_norm_caution(config, plan, then),
         koleo_caution(config, plan, then),
         drawn_images_caution(config),
         None if state is None else initial_weights_caution(config, state["config"]),
+        anchor_caution(config, with_anchor),
     ):
         if caution is not None:
             log.warning("%s", caution)

@@ -155,14 +155,16 @@ def test_a_run_starts_from_another_and_resumes_without_it(tmp_path: Path) -> Non
     assert _compared(first)["source"] == str(bare)
     more = (f"train.init_from={first}", "train.init_head=true", "train.epochs=2")
     more += ("lora.rank=2", "anchor.class_weight=1.0")  # the rest is in the checkpoint then, too
-    started = _train(*more, "train.stop_after_steps=1", run_dir=tmp_path / "second")
+    once = ("train.stop_after_steps=1", "engine.precision=bf16")
+    started = _train(*more, *once, run_dir=tmp_path / "second")
     assert [code for code, _ in started] == [0, 0], started
     assert f"starting from {first}" in started[0][1]
     assert open_run(tmp_path / "second").state["config"]["train"]["init_from"] == str(first)
     assert _compared(tmp_path / "second")["source"] == str(first)
     first.rename(tmp_path / "moved")
-    for code, text in _train(*more, run_dir=tmp_path / "second"):
-        assert code == 0, text
+    resumed = _train(*more, run_dir=tmp_path / "second")
+    assert [code for code, _ in resumed] == [0, 0], resumed
+    assert "the anchor stays rounded to bf16" in resumed[0][1]
     checkpoint = open_run(tmp_path / "second")
     assert (checkpoint.step, checkpoint.has_anchor) == (2, True)
     assert "backbone.cls_token" in checkpoint.frozen

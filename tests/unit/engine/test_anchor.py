@@ -10,7 +10,7 @@ from torch import Tensor
 from dinoscale.config import RunConfig, parse_config
 from dinoscale.data.augmentation.masks import Masks
 from dinoscale.engine.build import build_networks, loss_weights_of
-from dinoscale.engine.frozen.anchor import anchor_targets
+from dinoscale.engine.frozen.anchor import anchor_caution, anchor_targets
 from dinoscale.engine.micro_batch import MicroBatch, MicroBatchLoss, Targets
 from dinoscale.models.network import TokenNetwork
 from dinoscale.training.feed import coordinates_of, keep_of, masks_of
@@ -136,6 +136,17 @@ def test_is_a_weighted_mean_over_the_crops_that_are_not_chosen(rule: str) -> Non
         terms["anchor_patch_loss"], of_patches.detach(), rtol=1e-4, atol=1e-6
     )
     torch.testing.assert_close(terms["loss"], 1.5 * apart + 0.5 * of_patches, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("before", ["bf16", "fp32"])
+@pytest.mark.parametrize("now", ["bf16", "fp32"])
+def test_an_anchor_that_stays_rounded_is_named(before: str, now: str) -> None:
+    config = _config()
+    engine = config.engine.model_copy(update={"precision": now})
+    config = config.model_copy(update={"engine": engine})
+    said = anchor_caution(config, {"engine": {"precision": before}})
+    assert (said is not None) == ((before, now) == ("bf16", "fp32"))
+    assert anchor_caution(config, None) is None
 
 
 def test_masked_crops_have_no_gradient() -> None:
