@@ -310,11 +310,15 @@ def _warn_if_position_rules_differ(source: nn.Module, target: nn.Module, key: st
 
 
 def _warn_if_normalisation_differs(card: BackboneCard, config: RunConfig, key: str) -> None:
-    """Warn if the run normalises pixels differently from the source."""
-    if len(card.mean) == len(config.data.mean) and (card.mean, card.std) != (
-        config.data.mean,
-        config.data.std,
-    ):
+    """Warn if the run normalises pixels differently from the source.
+
+    Of other channels none is that of the source: they are alike where all have the same numbers.
+    """
+    there, here = (
+        list(zip(of.mean, of.std, strict=True)) for of in (card.preprocessing, config.data)
+    )
+    alike = there == here if len(there) == len(here) else len({*there, *here}) == 1
+    if not alike:
         log.warning(
             "the weights of %s expect pixels of mean %s and std %s, and this run has "
             "data.mean %s and data.std %s",

@@ -6,7 +6,7 @@ fit do not show the settings without a tensor (epsilons, rotary positions), nor 
 layer that were adapted wrongly. That a file is read rightly is another matter, which recorded
 outputs of the authors' networks prove (`tests/golden23/test_weights.py`).
 
-Shape letters: N pictures, C channels of the run, S pixels along a side, L tokens, D width.
+Shape letters: N pictures, C channels of the run, H x W pixels, L tokens, D width.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ _MARGIN = 8
 # Of a bound: a network that amplifies rounding a thousand times would else be allowed any features.
 _LARGEST = 2.0**-7
 _SEED = 0
-_FEW_PATCHES = 4  # along a side, where positions are computed for any size
+# Rows and columns of patches where positions are computed for any size. Not a square, of which
+# every rule for the coordinates of the longer side finds the same.
+_FEW_PATCHES = (3, 5)
 
 Backbone = VisionTransformer | ResNet50
 
@@ -45,7 +47,7 @@ def compare_at_start(
     """Compare all tokens of the source with those of a run's backbone, on fixed pictures.
 
     At the run's size of crops, where the source resizes its positions by its own rule; with rotary
-    positions, which know no size, of 4 x 4 patches. If the run has other channels, the pictures are
+    positions, which know no size, of 3 x 5 patches. If the run has other channels, the pictures are
     gray, for which the adapted first layer is exact.
 
     Args:
@@ -57,9 +59,11 @@ def compare_at_start(
     """
     target.load_state_dict(dict(state), assign=True)
     target.eval().requires_grad_(False)
+    shape = (size, size)
     if isinstance(source, VisionTransformer) and source.rope is not None:
-        size = _FEW_PATCHES * source.patch_size
-    theirs, ours = _pictures(input_channels(source), input_channels(target), size=size)
+        rows, columns = _FEW_PATCHES
+        shape = (rows * source.patch_size, columns * source.patch_size)
+    theirs, ours = _pictures(input_channels(source), input_channels(target), shape=shape)
     with torch.inference_mode():
         expected, changed = _tokens(source, theirs).split(1)
         heartbeat()
@@ -91,14 +95,14 @@ def input_channels(backbone: Backbone) -> int:
     return int(first.in_channels)
 
 
-def _pictures(channels: int, of_run: int, *, size: int) -> tuple[Tensor, Tensor]:
-    """A picture and, after it, the same with every pixel changed by ROUNDING: (2, C, S, S) of both.
+def _pictures(channels: int, of_run: int, *, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """A picture and, after it, the same with every pixel changed by ROUNDING: (2, C, H, W) of both.
 
     Gray where the channels differ.
     """
     generator = torch.Generator().manual_seed(_SEED)
     drawn = channels if channels == of_run else 1
-    picture = torch.randn(1, drawn, size, size, generator=generator)
+    picture = torch.randn(1, drawn, *shape, generator=generator)
     signs = torch.randint(0, 2, picture.shape, generator=generator) * 2 - 1
     both = torch.cat((picture, picture * (1 + ROUNDING * signs)))
     return both.expand(-1, channels, -1, -1), both.expand(-1, of_run, -1, -1)

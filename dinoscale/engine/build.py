@@ -36,7 +36,7 @@ class StepZero:
     """A backbone's features of a fixed picture at step 0, against those of the weights' source.
 
     Attributes:
-        pictures: (1, C, S, S) float32, normalised pixels.
+        pictures: (1, C, H, W) float32, normalised pixels.
         class_tokens: (1, D) float32, of the source; None of a ResNet, whose batch norm takes other
             statistics in training.
         difference: of the run's tokens in float32, over the length of the source's; the largest.

@@ -56,7 +56,7 @@ def compare_features(config: RunConfig, teacher: Teacher, on_first: StepZero | N
     if is_first:
         told = ", ".join(f"{key} {value:.1e}" for key, value in values.items())
         log.info("features at step 0, compared with those of %s: %s", source, told)
-    pixels = step_zero.pictures.shape[-1]
+    pixels = list(step_zero.pictures.shape[-2:])
     events = Events(Path(config.run_dir), active=is_first)
     outcome = _outcome(sharded, usual)
     events.write(0, "features compared", source=source, pixels=pixels, outcome=outcome, **values)

@@ -15,7 +15,9 @@ from dinoscale.convert.initial_weights import (
     read_gram_weights,
     read_initial_weights,
 )
+from dinoscale.convert.run_checkpoint import card_of
 from dinoscale.convert.source import read_source
+from dinoscale.convert.weights_file import save_backbone
 from dinoscale.engine.build import InitialWeights, build_networks
 from dinoscale.errors import CheckpointError, ConfigError
 from dinoscale.models.network import DinoNetwork
@@ -196,6 +198,30 @@ def test_a_different_normalisation_gives_a_warning(
         _config(path, data={"num_workers": 0, "mean": [0.5] * 3, "std": [0.5] * 3})
     )
     assert "expect pixels of mean [0.485, 0.456, 0.406]" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "warns"),
+    [
+        ([0.5, 0.5, 0.5], [0.4], True),
+        ([0.4, 0.4, 0.4], [0.4, 0.4], False),
+        ([0.4, 0.5, 0.4], [0.4, 0.5], True),
+    ],
+)
+def test_a_different_normalisation_of_other_channels_gives_a_warning(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    there: list[float],
+    here: list[float],
+    warns: bool,
+) -> None:
+    data = {"num_workers": 0, "channels": len(here), "mean": here, "std": [0.2] * len(here)}
+    of_source = {"num_workers": 0, "mean": there, "std": [0.2] * 3}
+    network, _ = build_networks(tiny_config())
+    card = card_of(tiny_config(data=of_source), source="a run")
+    save_backbone(tmp_path / "w.safetensors", network.backbone.state_dict(), card)
+    read_initial_weights(_config(tmp_path / "w.safetensors", data=data))
+    assert ("expect pixels" in caplog.text) == warns
 
 
 def test_init_head_needs_init_from() -> None:

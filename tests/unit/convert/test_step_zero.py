@@ -141,6 +141,11 @@ def test_only_what_no_rounding_explains_of_the_sharded_teacher_is_refused(
     [
         (LEARNED, {**LEARNED, "norm_eps": 1e-4}, r"set model\.norm_eps=1e-06, as it has"),
         (ROTARY, {**ROTARY, "rope": {"base": 30.0}}, r"set model\.rope\.base=100\.0"),
+        (
+            ROTARY,
+            {**ROTARY, "rope": {"coordinates": "max"}},
+            r"set .*model\.rope\.coordinates=separate",
+        ),
         (ROTARY, {**ROTARY, "mask_key_bias": False}, r"set model\.mask_key_bias=true"),
     ],
 )
@@ -176,7 +181,8 @@ def test_channels_and_sizes_are_adapted_within_rounding(
     assert start is not None
     found = start.step_zero
     assert found is not None
-    assert found.pictures.shape[1:] == (channels, *(2 * (32 if rotary else side,)))
+    pixels = (24, 40) if rotary else (side, side)
+    assert found.pictures.shape[1:] == (channels, *pixels)
     assert found.difference <= found.bound / 4
     assert found.class_tokens is not None
     assert found.bound < 1e-3
