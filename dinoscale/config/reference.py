@@ -114,12 +114,12 @@ The last phase of `dinov3_vit7b16` has the five published sizes.
 
 With `anchor.class_weight` or `anchor.patch_weight` above 0, features of the student's global crops
 stay near those of the network as the run began, the anchor: the loss has a term 1 - cosine of the
-features after the final norm, which is 0 in the first step. Crops chosen to be masked do not count,
-as they are other pictures than the anchor sees. The student needs no further forward; the anchor's
-own, over the global crops, takes as long as the teacher's. In phases, the anchor is that of the
-first one that has it. What a weight is worth on your images has to be measured: `anchor_class_loss`
-and `anchor_patch_loss` in `metrics.jsonl` say how far the features have moved, and k-NN or `guard`
-what became of them.
+features after the final norm, which is 0 in the first step, in bf16 up to its rounding. Crops
+chosen to be masked do not count, as they are other pictures than the anchor sees. The student needs
+no further forward; the anchor's own, over the global crops, takes as long as the teacher's. In
+phases, the anchor is that of the first one that has it. What a weight is worth on your images has
+to be measured: `anchor_class_loss` and `anchor_patch_loss` in `metrics.jsonl` say how far the
+features have moved, and k-NN or `guard` what became of them.
 
 ## Training a part of the weights
 

@@ -34,6 +34,9 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(300
 RANKS, STEPS, SAVED = 2, 4, 2
 CLASS, PATCH = 1.5, 0.5
 AT_START = (100 * EPS) ** 2  # of unit vectors that differ by a rounding in each operation
+# In bf16 likewise, with 15 operations of 2 blocks on either side, each of which rounds by half of
+# its eps: two vectors are sqrt(30) / 2 = 2.7 eps apart, a third of this. d = |difference|^2 / 2.
+AT_START_BF16 = (8 * torch.finfo(torch.bfloat16).eps) ** 2 / 2
 TERMS = ("anchor_class_loss", "anchor_patch_loss")
 JOBS = ["0_fp32", "2_fp32", "3_fp32", "2_bf16"]  # stage and precision
 BACKBONE = "backbone."
@@ -222,6 +225,12 @@ def test_every_stage_computes_the_literal_loss_and_its_gradient(
         here, wanted, off = (of[name][first:] for of in (found, exact, rounded))
         bound = NUMBERS * (largest_relative(off, wanted) + EPS)
         assert here == pytest.approx(wanted, rel=bound), name
+
+
+def test_in_bf16_the_first_terms_are_rounding(followed: dict[str, dict[str, Any]]) -> None:
+    found = followed["2_bf16"]
+    for name in TERMS:
+        assert 0 <= found[name][0] <= AT_START_BF16 < min(found[name][1:]), name
 
 
 @pytest.mark.parametrize("job", JOBS)

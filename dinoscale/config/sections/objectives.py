@@ -143,8 +143,8 @@ class AnchorConfig(Section):
     """Features of the student stay near those of the network as the run began, the anchor.
 
     Each term is the mean of 1 - cosine over the global crops that ibot.* does not choose to mask,
-    and 0 in the first step. The anchor sees these crops as the student does, with its stochastic
-    depth and its changes of rotary coordinates.
+    and 0 in the first step, in bf16 up to its rounding. The anchor sees these crops as the student
+    does, with its stochastic depth and its changes of rotary coordinates.
     """
 
     class_weight: PositiveOrZero = Field(
