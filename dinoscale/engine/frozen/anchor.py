@@ -2,8 +2,8 @@
 
 It runs over the global crops as the student sees them where nothing is masked: with the same
 stochastic depth and the same changes of rotary coordinates, so that both find the same features
-until the student has moved: exactly where both run the same kernels, else up to rounding, which in
-bf16 leaves some 1e-5 of the terms. How it is sharded: `frozen/network.py`.
+until the student has moved: exactly where both run the same kernels, else up to
+rounding, as in bf16. How it is sharded: `frozen/network.py`.
 """
 
 from collections.abc import Mapping
