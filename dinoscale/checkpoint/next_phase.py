@@ -89,7 +89,8 @@ def _finished(phase: PhaseConfig, run: RunConfig) -> bool:
         raise
     except (CheckpointError, KeyError, TypeError):
         return False  # the training finds an older one
-    if run.guard.ends_runs and known is not None and not known.passes(state["step"]):
+    rule = run.guard
+    if rule.ends_runs and known is not None and not known.passes(state["step"], rule.measure):
         return False  # the training measures what is missing, and judges again
     train = phase.change.get("train")
     stop = train.get("stop_after_steps") if isinstance(train, dict) else None

@@ -81,9 +81,13 @@ class Guarded:
         """Whether the numbers are of these images; of an older version, the words decide."""
         return self.identity == identity if self.identity else self.images == images
 
-    def passes(self, step: int) -> bool:
-        """Whether the teacher after `step` was measured and has not fallen."""
-        return self.step >= step and not self.fall
+    def judged(self, step: int, measure: str) -> bool:
+        """Whether the teacher after `step` has fallen, or was measured by `measure`."""
+        return self.step >= step and (bool(self.fall) or measure in self.values)
+
+    def passes(self, step: int, measure: str) -> bool:
+        """Whether the teacher after `step` was measured by `measure` and has not fallen."""
+        return self.judged(step, measure) and not self.fall
 
     def score_at(self, step: int, measure: str) -> float | None:
         """Value of a measure if it was measured at `step` and was no fall."""

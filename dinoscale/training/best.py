@@ -48,7 +48,8 @@ def best_checkpoint(*run_dirs: Path) -> Summary | None:
 def has_verdict(progress: Progress, rule: GuardConfig) -> bool:
     """Whether the last step needs no further verdict of a guard that ends runs."""
     known = progress.guarded
-    return not rule.ends_runs or (known is not None and known.step >= progress.step)
+    judged = known is not None and known.judged(progress.step, rule.measure)
+    return judged or not rule.ends_runs
 
 
 def finish(progress: Progress, config: RunConfig, heartbeat: Callable[[], None]) -> None:

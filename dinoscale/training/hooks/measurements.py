@@ -96,8 +96,12 @@ class Measurements:
             found = distributed.together(partial(_carried, self._config, held_out))
             progress.guarded = distributed.broadcast_object(found)
 
-    def judge_again(self, progress: Progress) -> bool:
+    def judge_again(self, progress: Progress, knn_top1: float | None = None) -> bool:
         """Judge what was measured at this step by the present rule; without a guard, forget it.
+
+        Args:
+            progress: gets the verdict.
+            knn_top1: of this step, in percent, if it was measured after the guard's own numbers.
 
         Returns:
             Whether the verdict is another one; it belongs to the checkpoint of this step.
@@ -110,10 +114,11 @@ class Measurements:
         images, identity = held_out.images, held_out.identity
         if starts(known, images, identity):
             return False  # is measured anew
+        later = {} if knn_top1 is None else {"knn_top1": knn_top1}
         after = judge(
             *(known, self._config.guard),
             step=known.step,
-            values=known.values,
+            values=known.values | later,
             images=images,
             identity=identity,
         )
@@ -124,14 +129,17 @@ class Measurements:
 
     def missing(self, progress: Progress, due: Due) -> Due:
         """What a start that ended at this step has left to do; a guard that is new begins."""
-        known, held_out = progress.guarded, self._held_out
+        known, held_out, measure = progress.guarded, self._held_out, self._config.guard.measure
+        knn = due.knn and progress.knn_top1 is None
         if held_out is None:
             guard = False
         elif known is None or starts(known, held_out.images, held_out.identity):
             guard = True
         else:
             guard = due.guard and known.step < progress.step
-        return due._replace(knn=due.knn and progress.knn_top1 is None, guard=guard)
+            # Where k-NN failed, the guard's own numbers of this step wait for it.
+            knn |= measure == "knn_top1" and due.guard and not known.judged(progress.step, measure)
+        return due._replace(knn=knn, guard=guard)
 
     def take(self, progress: Progress, teacher: Teacher, due: Due) -> bool:
         """Measure what is due; `progress` gets what is found. Return whether anything was."""
@@ -140,6 +148,8 @@ class Measurements:
             found = self._measure_knn(self._online_knn, progress, teacher)
         if due.guard and self._held_out is not None:  # after k-NN, which the guard may judge
             found |= self._measure_held_out(self._held_out, progress, teacher)
+        elif found:
+            self.judge_again(progress, progress.knn_top1)
         return found
 
     def _images(self, progress: Progress) -> dict[str, float]:

@@ -16,10 +16,11 @@ from dinoscale.errors import RunFailedError, UnreadableError
 from dinoscale.runtime import retry
 from dinoscale.training import best
 from dinoscale.training.best import best_checkpoint, export_best, finish
-from dinoscale.training.due import due_after
+from dinoscale.training.due import Due, due_after
 from dinoscale.training.hooks.guard import judge
 from dinoscale.training.hooks.held_out import START_FILE, HeldOut
 from dinoscale.training.hooks.measurements import Measurements
+from dinoscale.training.hooks.online_knn import Measured
 from dinoscale.training.phases import next_phase
 from tests.distributed.tiny_run import tiny_config, tiny_plan
 from tests.unit.checkpoint.stored import store
@@ -35,12 +36,18 @@ def _config(folder: Path, **guard: Any) -> RunConfig:
     return parse_config(values | {"phases": [{"name": "first"}, {"name": "second"}]})
 
 
-def _measurements(run: RunConfig, *, identity: str = "") -> Measurements:
+def _measurements(
+    run: RunConfig, *, identity: str = "", knn_top1: float | None = None
+) -> Measurements:
     """Of a phase; the held-out images are named as those of `_known`."""
     held_out = HeldOut.__new__(HeldOut)
     held_out.images, held_out.identity = IMAGES, identity
     held_out._path = Path(run.run_dir) / START_FILE
-    return Measurements(run, MagicMock(), None, held_out, MagicMock(), MagicMock(), warns=True)
+    measuring, online_knn = MagicMock(), None
+    if knn_top1 is not None:
+        online_knn = MagicMock()
+        measuring.attempt.return_value = Measured(knn_top1, rankme=5.0, patch_top1=None)
+    return Measurements(run, measuring, online_knn, held_out, MagicMock(), MagicMock(), warns=True)
 
 
 def _known(step: int, *, fall: str = "") -> Guarded:
@@ -88,6 +95,33 @@ def test_a_run_that_a_fall_ends_needs_a_verdict_to_finish(tmp_path: Path) -> Non
     finish(Progress(step=STEPS, guarded=_known(STEPS)), config, lambda: None)
     warns = phases_of(_config(tmp_path, on_fall="warn"))[0]
     finish(unjudged, warns, lambda: None)
+
+
+def _by_knn(run: RunConfig) -> RunConfig:
+    return run.model_copy(update={"guard": run.guard.model_copy(update={"measure": "knn_top1"})})
+
+
+def test_by_k_nn_a_last_step_without_it_does_not_pass_and_is_judged_once_it_is_there(
+    tmp_path: Path,
+) -> None:
+    config = _config(tmp_path)
+    first, second = map(_by_knn, phases_of(config))
+    start = RANK | {"knn_top1": 60.0}
+    known = Guarded(IMAGES, "knn_top1", STEPS, RANK, 0, start, 0, start)
+    _store(first, STEPS, known)
+    assert next_phase(config, (first, second)).index == 0
+    progress = Progress(step=STEPS, guarded=known)
+    with pytest.raises(RunFailedError, match="the guard could not measure it"):
+        finish(progress, first, lambda: None)
+    measurements = _measurements(first, knn_top1=30.0)
+    everything = Due(log=True, knn=True, guard=True, save=True)
+    due = measurements.missing(progress, everything)
+    assert (due.knn, due.guard) == (True, False)
+    assert measurements.missing(replace(progress, knn_top1=30.0), everything).knn
+    assert measurements.take(progress, MagicMock(), due)
+    assert progress.guarded is not None
+    assert progress.guarded.values["knn_top1"] == 30
+    assert progress.guarded.fall.startswith("its k-NN top-1 is 30, 50% below the best so far, 60")
 
 
 @pytest.mark.parametrize("start", ["everything", "teacher"])
