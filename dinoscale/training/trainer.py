@@ -353,7 +353,10 @@ def _measured_sets(
     guarded = config.guard.every_steps is not None
     if not guarded:
         return knn, None
-    return knn, distributed.together(lambda: HeldOut(config, open_set, watchdog.heartbeat))
+    sets = () if knn is None else knn.sets
+    return knn, distributed.together(
+        lambda: HeldOut(config, open_set, watchdog.heartbeat, labelled=sets)
+    )
 
 
 def _find_micro_batch(

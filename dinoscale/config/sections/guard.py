@@ -14,7 +14,8 @@ class GuardConfig(Section):
     `best.safetensors` in the run directory when the run ends. Phases go on from the start and the
     best of the one before, and have one `best.safetensors`, that of the whole run. Numbers of other
     images, or of other `eval.resize` and `eval.crop`, do not compare: the guard then begins anew.
-    Off while `every_steps` is null.
+    Where k-NN decides, nor do those of other `eval.train`, `eval.test` and `eval.k`. Off while
+    `every_steps` is null.
     """
 
     every_steps: Count | None = Field(

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -36,8 +36,8 @@ class HeldOut:
 
     Attributes:
         images: which ones, in words.
-        identity: digest of the images, their size and normalisation; numbers of others do not
-            compare.
+        identity: digest of the images, their size and normalisation, and where k-NN decides of the
+            sets and the k of k-NN; numbers of others do not compare.
     """
 
     def __init__(
@@ -45,6 +45,8 @@ class HeldOut:
         config: RunConfig,
         open_set: Callable[[str, Decoder], StoredSource],
         heartbeat: Callable[[], None] = lambda: None,
+        *,
+        labelled: Sequence[StoredSource] = (),
     ) -> None:
         """Open `guard.images`, or else `eval.train`, or else the first source of `data.train`.
 
@@ -52,6 +54,7 @@ class HeldOut:
             config: of the run.
             open_set: opens a source from its specification.
             heartbeat: called while rank 0 looks at the names and sizes of the images.
+            labelled: sets of k-NN, which are told apart where `guard.measure` is its accuracy.
 
         Raises:
             ConfigError: it is streamed.
@@ -71,6 +74,7 @@ class HeldOut:
         self._source = source if whole else SubsetSource(source, images=count)
         self._config, self._path = config, Path(config.run_dir) / START_FILE
         self._start: Tensor | None = None
+        self._labelled = labelled if config.guard.measure == "knn_top1" else ()
         self.images = f"{len(self._source)} of {len(source)} images of {spec}"
         self.identity = distributed.broadcast_object(on_first_rank(self._identify, heartbeat)) or ""
 
@@ -79,6 +83,9 @@ class HeldOut:
         shown = (config.eval.resize, config.eval.crop, config.data.mean, config.data.std)
         decoded = (config.data.channels, config.data.max_pixel_value)
         text = f"{self._source.identity(heartbeat)} {shown} {decoded}"
+        if self._labelled:
+            sets = [source.identity(heartbeat) for source in self._labelled]
+            text += f" {sets} {config.eval.k}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     def measure(

@@ -128,13 +128,18 @@ class Measurements:
         return after != known
 
     def missing(self, progress: Progress, due: Due) -> Due:
-        """What a start that ended at this step has left to do; a guard that is new begins."""
+        """What a start that ended at this step has left to do; a guard that is new begins.
+
+        Where k-NN decides, a new guard forgets its accuracy, which is measured anew.
+        """
         known, held_out, measure = progress.guarded, self._held_out, self._config.guard.measure
         knn = due.knn and progress.knn_top1 is None
         if held_out is None:
             guard = False
         elif known is None or starts(known, held_out.images, held_out.identity):
             guard = True
+            if measure == "knn_top1":  # that of other sets or of another k is none of this start
+                knn, progress.knn_top1 = True, None
         else:
             guard = due.guard and known.step < progress.step
             # Where k-NN failed, the guard's own numbers of this step wait for it.

@@ -15,7 +15,7 @@ from torch import nn
 from dinoscale.config.schema import RunConfig
 from dinoscale.data.decoding.decode import Decoder
 from dinoscale.data.sources.mixture import require_few_left_out
-from dinoscale.data.sources.source import Source, open_source
+from dinoscale.data.sources.source import Source, StoredSource, open_source
 from dinoscale.data.sources.synthetic import PREFIX, ShapesSource
 from dinoscale.errors import DataError
 from dinoscale.evaluate.classification.knn import knn_accuracy
@@ -106,10 +106,13 @@ class OnlineKnn:
     Each rank extracts its share of the features without a collective in between, so an unreadable
     image on one rank blocks no other, and classifies its share of the test set. The accuracy is
     that of the exported checkpoint, up to the compute dtype.
+
+    Attributes:
+        sets: `eval.train` and `eval.test`.
     """
 
     def __init__(
-        self, config: RunConfig, open_set: Callable[[str, Decoder], Source] = open_source
+        self, config: RunConfig, open_set: Callable[[str, Decoder], StoredSource] = open_source
     ) -> None:
         """Open `eval.train` and `eval.test`.
 
@@ -130,7 +133,7 @@ class OnlineKnn:
         for spec, source in ((config.eval.train, train), (config.eval.test, test)):
             require_few_left_out(source, spec, max_lost=config.data.max_bad_fraction)
         self._renumber = renumber_classes(train, test)
-        self._train, self._test = train, test
+        self.sets = self._train, self._test = train, test
         self._patches = patch_knn(config, train, test)
 
     def measure(

@@ -274,6 +274,20 @@ def test_the_same_images_at_another_path_are_the_same_and_others_of_its_names_ar
     assert shown.identity != one.identity
 
 
+def test_where_k_nn_decides_its_sets_and_its_k_tell_the_numbers_apart(tmp_path: Path) -> None:
+    def identity(measure: str, *, seed: int = 1, k: int = 5) -> str:
+        sets = {"train": f"{SPEC}&seed=0", "test": f"{SPEC}&seed={seed}", "k": k}
+        guard = {"every_steps": 5, "images": SPEC, "measure": measure}
+        config = tiny_config(str(tmp_path), guard=guard, eval=sets)
+        labelled = [open_source(str(sets[name])) for name in ("train", "test")]
+        return HeldOut(config, lambda name, _: open_source(name), labelled=labelled).identity
+
+    by_knn = identity("knn_top1")
+    assert identity("knn_top1") == by_knn
+    assert len({by_knn, identity("knn_top1", seed=2), identity("knn_top1", k=6)}) == 3
+    assert identity("rankme") == identity("rankme", seed=2, k=6)
+
+
 def test_without_other_images_the_guard_measures_a_fixed_choice_of_those_trained_on(
     tmp_path: Path,
 ) -> None:

@@ -107,17 +107,20 @@ def test_by_k_nn_a_last_step_without_it_does_not_pass_and_is_judged_once_it_is_t
     config = _config(tmp_path)
     first, second = map(_by_knn, phases_of(config))
     start = RANK | {"knn_top1": 60.0}
-    known = Guarded(IMAGES, "knn_top1", STEPS, RANK, 0, start, 0, start)
+    known = Guarded(IMAGES, "knn_top1", STEPS, RANK, 0, start, 0, start, identity="one")
     _store(first, STEPS, known)
     assert next_phase(config, (first, second)).index == 0
     progress = Progress(step=STEPS, guarded=known)
     with pytest.raises(RunFailedError, match="the guard could not measure it"):
         finish(progress, first, lambda: None)
-    measurements = _measurements(first, knn_top1=30.0)
+    measurements = _measurements(first, identity="one", knn_top1=30.0)
     everything = Due(log=True, knn=True, guard=True, save=True)
     due = measurements.missing(progress, everything)
     assert (due.knn, due.guard) == (True, False)
     assert measurements.missing(replace(progress, knn_top1=30.0), everything).knn
+    former = replace(progress, knn_top1=90.0)
+    due_anew = _measurements(first, identity="other k").missing(former, everything)
+    assert (due_anew.knn, due_anew.guard, former.knn_top1) == (True, True, None)
     assert measurements.take(progress, MagicMock(), due)
     assert progress.guarded is not None
     assert progress.guarded.values["knn_top1"] == 30
