@@ -1,5 +1,7 @@
 """Progress of a run beyond its weights, and a check of the first loss after a resume."""
 
+from __future__ import annotations
+
 import json
 import math
 import os
@@ -77,7 +79,11 @@ class Guarded:
         """Step and phase of the best one."""
         return _place(self.best_step, self.best_in)
 
-    def compares(self, *, images: str, identity: str) -> bool:
+    def compares(self, other: Guarded) -> bool:
+        """Whether the numbers of both are of the same images."""
+        return self.is_of(images=other.images, identity=other.identity)
+
+    def is_of(self, *, images: str, identity: str) -> bool:
         """Whether the numbers are of these images; of an older version, the words decide."""
         return self.identity == identity if self.identity else self.images == images
 
@@ -101,11 +107,15 @@ def _place(step: int, folder: str) -> str:
 def write_measured(folder: Path, knn_top1: float | None, guarded: Guarded | None = None) -> None:
     """Add a k-NN accuracy, in percent, and the guard's to a checkpoint that was saved before.
 
+    What the guard found there on other images stays beside it.
+
     Raises:
         OSError: it cannot be written; the checkpoint is unchanged.
     """
     found: dict[str, Any] = {} if knn_top1 is None else {"knn_top1": knn_top1}
-    found |= {} if guarded is None else {"guarded": asdict(guarded)}
+    if guarded is not None:
+        former = [asdict(one) for one in read_verdicts(folder) if not one.compares(guarded)]
+        found |= {"guarded": asdict(guarded)} | ({"former": former} if former else {})
     part = folder / f".{MEASURED_FILE}.part"
     with part.open("w") as file:
         file.write(json.dumps(found) + "\n")
@@ -131,14 +141,30 @@ def read_measured(folder: Path) -> float | None:
 
 
 def read_guarded(folder: Path) -> Guarded | None:
-    """What `write_measured` added of the guard; None if there is nothing.
+    """What `write_measured` added last of the guard; None if there is nothing.
 
     Raises:
         OSError: there may be something, but it cannot be read now.
     """
+    return _guarded(_measured(folder).get("guarded"))
+
+
+def read_verdicts(folder: Path) -> list[Guarded]:
+    """All that `write_measured` added of the guard, of different images; the newest first.
+
+    Raises:
+        OSError: there may be something, but it cannot be read now.
+    """
+    found = _measured(folder)
+    former = found.get("former")
+    plain = [found.get("guarded"), *(former if isinstance(former, list) else [])]
+    return [one for one in map(_guarded, plain) if one is not None]
+
+
+def _guarded(plain: object) -> Guarded | None:
     try:
-        return Guarded(**_measured(folder)["guarded"])
-    except (LookupError, TypeError, AttributeError):
+        return Guarded(**plain) if isinstance(plain, dict) else None
+    except (TypeError, AttributeError):
         return None
 
 

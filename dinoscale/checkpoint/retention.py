@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 from dinoscale.checkpoint.layout import (
@@ -16,7 +15,7 @@ from dinoscale.checkpoint.layout import (
     named_step,
     removed_of,
 )
-from dinoscale.checkpoint.progress import Guarded, read_guarded, read_measured
+from dinoscale.checkpoint.progress import Guarded, read_measured, read_verdicts
 from dinoscale.errors import UnreadableError
 
 log = logging.getLogger(__name__)
@@ -39,7 +38,12 @@ class Keep:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a checkpoint's state.json says; only path and step are set if it cannot be read."""
+    """What a checkpoint's state.json says; only path and step are set if it cannot be read.
+
+    Attributes:
+        guarded: what the guard knew at its end, the newest if it was measured again.
+        former: what it knew before that of other images, the newest first.
+    """
 
     path: Path
     step: int
@@ -49,6 +53,12 @@ class Summary:
     world_size: int | None
     zero_stage: int | None
     guarded: Guarded | None = None
+    former: tuple[Guarded, ...] = ()
+
+    @property
+    def verdicts(self) -> tuple[Guarded, ...]:
+        """All that the guard knew here, the newest first."""
+        return (() if self.guarded is None else (self.guarded,)) + self.former
 
     @property
     def guard_text(self) -> str:
@@ -77,9 +87,10 @@ def read_summary(path: Path) -> Summary:
     try:
         state = json.loads((path / STATE_FILE).read_text())
         top1 = read_measured(path)
-        guarded = read_guarded(path)
-        if guarded is None and state["progress"].get("guarded") is not None:
-            guarded = Guarded(**state["progress"]["guarded"])
+        verdicts = read_verdicts(path)
+        if state["progress"].get("guarded") is not None:
+            saved = Guarded(**state["progress"]["guarded"])
+            verdicts += [] if any(one.compares(saved) for one in verdicts) else [saved]
         num_bytes = sum(file.stat().st_size for file in path.iterdir())
         return Summary(
             path,
@@ -89,7 +100,8 @@ def read_summary(path: Path) -> Summary:
             state["progress"]["knn_top1"] if top1 is None else top1,
             state["plan"]["world_size"],
             state["config"]["engine"]["zero_stage"],
-            guarded,
+            verdicts[0] if verdicts else None,
+            tuple(verdicts[1:]),
         )
     except (FileNotFoundError, NotADirectoryError):
         return _unknown(path)
@@ -101,29 +113,29 @@ def _unknown(path: Path) -> Summary:
     return Summary(path, named_step(path) or 0, None, None, None, None, None)
 
 
-def best_of(found: Sequence[Summary]) -> Summary | None:
+def best_of(found: Sequence[Summary], known: Guarded | None = None) -> Summary | None:
     """The best one, the newest of ties; None if none was measured.
 
-    By the measure of the guard, falls left out, where the newest checkpoint knows of a guard; else,
-    also after a guard has been switched off, by k-NN accuracy.
+    By the measure of the guard, falls left out, where a guard is known; else, also after a guard
+    has been switched off, by k-NN accuracy.
 
     Args:
         found: oldest first; of several phases, in their order.
+        known: of the guard whose images and measure decide; None for what the newest one knows.
     """
-    readable = [s for s in found if s.num_bytes is not None]
-    newest = readable[-1].guarded if readable else None
-    scores = [(score, s) for s in found if (score := _score(s, newest)) is not None]
+    if known is None:
+        readable = [s for s in found if s.num_bytes is not None]
+        known = readable[-1].guarded if readable else None
+    scores = [(score, s) for s in found if (score := _score(s, known)) is not None]
     best = max((score for score, _ in scores), default=None)
     return next((s for score, s in reversed(scores) if score == best), None)
 
 
-def _score(one: Summary, newest: Guarded | None) -> float | None:
-    if newest is None:
+def _score(one: Summary, known: Guarded | None) -> float | None:
+    if known is None:
         return one.knn_top1
-    guarded = one.guarded
-    if guarded is None or not newest.compares(images=guarded.images, identity=guarded.identity):
-        return None
-    return guarded.score_at(one.step, newest.measure)
+    here = next((verdict for verdict in one.verdicts if verdict.compares(known)), None)
+    return None if here is None else here.score_at(one.step, known.measure)
 
 
 def superfluous(found: Sequence[Summary], keep: Keep) -> list[Summary]:
@@ -141,13 +153,12 @@ def superfluous(found: Sequence[Summary], keep: Keep) -> list[Summary]:
 
 
 def _bests(found: Sequence[Summary]) -> list[Summary]:
-    """The best one, and that of each earlier set of images that a guard measured."""
-    ends = [
-        number
-        for number, (one, after) in enumerate(pairwise(found), start=1)
-        if one.guarded and after.guarded and one.guarded.identity != after.guarded.identity
-    ]
-    bests = [best_of(found[:end]) for end in (*ends, len(found))]
+    """The best one, and that of each set of images that a guard has measured."""
+    of_sets: list[Guarded] = []  # the newest verdict of each set
+    for verdict in (verdict for one in reversed(found) for verdict in one.verdicts):
+        if not any(verdict.compares(newer) for newer in of_sets):
+            of_sets.append(verdict)
+    bests = [best_of(found), *(best_of(found, known) for known in of_sets)]
     return [best for best in bests if best is not None]
 
 

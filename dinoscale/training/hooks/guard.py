@@ -79,7 +79,7 @@ def _by_measure(before: Guarded, measure: str) -> Guarded:
 
 def starts(before: Guarded | None, images: str, identity: str = "") -> bool:
     """Whether the next measurement is the start."""
-    return before is None or not before.compares(images=images, identity=identity)
+    return before is None or not before.is_of(images=images, identity=identity)
 
 
 def new_start_text(before: Guarded, *, step: int, images: str) -> str:

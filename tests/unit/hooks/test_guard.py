@@ -1,7 +1,7 @@
 """The guard's verdicts: what is a fall, what becomes the best, and what the text says."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -11,7 +11,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dinoscale.checkpoint.progress import Guarded, Progress, read_guarded, write_measured
+from dinoscale.checkpoint.progress import (
+    Guarded,
+    Progress,
+    read_guarded,
+    read_verdicts,
+    write_measured,
+)
 from dinoscale.checkpoint.retention import Keep, Summary, best_of, superfluous
 from dinoscale.config import load_config, phases_of
 from dinoscale.config.sections.guard import GuardConfig
@@ -146,6 +152,22 @@ def test_the_best_of_former_images_stays() -> None:
     found = [_summary(step, None, known) for step, known in steps.items()]
     doomed = superfluous(found, Keep(last=1, best=True))
     assert [one.step for one in doomed] == [10, 20]
+
+
+def test_the_best_of_former_images_stays_where_others_are_measured_on_it(tmp_path: Path) -> None:
+    former = judge(None, RULE, step=10, values=_rank(9.0), images="a", identity="one")
+    new = judge(former, RULE, step=10, values=_rank(1.0), images="a", identity="two")
+    better = judge(new, RULE, step=20, values=_rank(2.0), images="a", identity="two")
+    for known in (former, new):
+        write_measured(tmp_path, None, known)
+    again = replace(new, values=_rank(1.5))
+    write_measured(tmp_path, None, again)
+    assert read_guarded(tmp_path) == again
+    assert read_verdicts(tmp_path) == [again, former]
+    best = replace(_summary(10, None, again), former=(former,))
+    found = [best, *(_summary(step, None, better) for step in (20, 30))]
+    assert superfluous(found, Keep(last=1, best=True)) == []
+    assert superfluous([replace(best, former=()), *found[1:]], Keep(last=1, best=True)) != []
 
 
 def test_the_texts_name_the_settings() -> None:
