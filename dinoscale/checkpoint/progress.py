@@ -84,8 +84,12 @@ class Guarded:
         return self.is_of(images=other.images, identity=other.identity)
 
     def is_of(self, *, images: str, identity: str) -> bool:
-        """Whether the numbers are of these images; of an older version, the words decide."""
-        return self.identity == identity if self.identity else self.images == images
+        """Whether the numbers are of these images; the words decide if either is of older versions.
+
+        So it does not matter which of two is asked.
+        """
+        by_identity = self.identity and identity
+        return self.identity == identity if by_identity else self.images == images
 
     def judged(self, step: int, measure: str) -> bool:
         """Whether the teacher after `step` has fallen, or was measured by `measure`."""

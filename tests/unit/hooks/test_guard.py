@@ -170,6 +170,16 @@ def test_the_best_of_former_images_stays_where_others_are_measured_on_it(tmp_pat
     assert superfluous([replace(best, former=()), *found[1:]], Keep(last=1, best=True)) != []
 
 
+def test_the_best_of_a_run_that_began_under_an_older_version_is_over_both() -> None:
+    older = judge(None, RULE, step=0, values=_rank(9.0), images="a")
+    newer = judge(older, RULE, step=10, values=_rank(8.5), images="a", identity="one")
+    assert (newer.start_step, newer.best_step) == (0, 0)
+    assert newer.compares(older)
+    assert older.compares(newer)
+    found = [_summary(0, None, older), _summary(10, None, newer)]
+    assert best_of(found) == best_of([*found[::-1]]) == found[0]
+
+
 def test_the_texts_name_the_settings() -> None:
     config = tiny_config(optim={"lr": 0.3, "layer_decay": 0.9}, guard={"on_fall": "roll_back"})
     fall = _judged(_rank(10.0), _rank(1.0))
