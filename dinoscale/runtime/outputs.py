@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PHASES = "phases"  # folder in a run_dir of the run directories of its phases
+BEST_WEIGHTS = "best.safetensors"  # in the run directory; of a run of phases, one for all
 LIST_FILE = ".dinoscale-files.txt"  # what we wrote in a folder; sources of images skip it
 MARK = "# Recommended by `dinoscale sweep`."  # the first line of each of our presets
 CARD_FILE = "dinoscale.json"  # in a folder; beside a file, ".json" is added to the file's name

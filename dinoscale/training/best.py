@@ -17,21 +17,21 @@ from dinoscale.convert.conversion import convert
 from dinoscale.errors import CheckpointError, DinoscaleError, RunFailedError, UnreadableError
 from dinoscale.runtime import distributed
 from dinoscale.runtime.opening import on_first_rank
-from dinoscale.runtime.outputs import PHASES
+from dinoscale.runtime.outputs import BEST_WEIGHTS, PHASES
 from dinoscale.training.hooks.events import Events
 from dinoscale.training.hooks.guard import end_text, fall_text
 
 log = logging.getLogger(__name__)
 
-WEIGHTS = "best.safetensors"  # in the run directory; of a run of phases, one for all
 _FALLEN = "fallen_"  # name prefix of checkpoints set aside
 
 
-def best_checkpoint(*run_dirs: Path) -> Summary | None:
+def best_checkpoint(*run_dirs: Path, known: Guarded | None = None) -> Summary | None:
     """The best checkpoint on disk by `best_of`; None if none was measured.
 
     Args:
         run_dirs: of a run, or of its phases, in their order.
+        known: of the guard whose images and measure decide; None for that of the newest one.
 
     Raises:
         UnreadableError: the checkpoints cannot be listed, or one cannot be read, which may be it.
@@ -42,7 +42,7 @@ def best_checkpoint(*run_dirs: Path) -> Summary | None:
             found.append(read_summary(path))
         except OSError as error:  # noqa: PERF203  # a few paths
             raise UnreadableError(f"{path} cannot be read, and may be the best: {error}") from error
-    return best_of(found)
+    return best_of(found, known)
 
 
 def has_verdict(progress: Progress, rule: GuardConfig) -> bool:
@@ -70,13 +70,14 @@ def finish(progress: Progress, config: RunConfig, heartbeat: Callable[[], None])
             " guard.on_fall=warn does without"
         )
     if config.guard.every_steps is not None:
-        on_first_rank(partial(export_best, Path(config.run_dir)), heartbeat)
+        export = partial(export_best, Path(config.run_dir), known=progress.guarded)
+        on_first_rank(export, heartbeat)
 
 
 def warn_of_old_weights(config: RunConfig) -> None:
-    """Say that `WEIGHTS` are of an earlier end, where a run ends without new ones; on rank 0."""
+    """Say that `BEST_WEIGHTS` are of an earlier end, if a run ends without new ones; on rank 0."""
     run_dir = Path(config.run_dir)
-    weights = _whole_run(run_dir) / WEIGHTS
+    weights = _whole_run(run_dir) / BEST_WEIGHTS
     if config.guard.every_steps is None or distributed.rank() != 0:
         return
     try:
@@ -97,22 +98,25 @@ def _whole_run(run_dir: Path) -> Path:
     return run_dir.parent.parent if run_dir.parent.name == PHASES else run_dir
 
 
-def export_best(run_dir: Path, heartbeat: Callable[[], None] = lambda: None) -> Path | None:
-    """Write the teacher of the best checkpoint to `WEIGHTS`, in place of an earlier best.
+def export_best(
+    run_dir: Path, heartbeat: Callable[[], None] = lambda: None, *, known: Guarded | None = None
+) -> Path | None:
+    """Write the teacher of the best checkpoint to `BEST_WEIGHTS`, in place of an earlier best.
 
     Of a phase, the file is that of the whole run: the best of all its phases so far.
 
     Args:
         run_dir: of a run or a phase.
         heartbeat: called regularly.
+        known: of the guard of that run or phase; None for that of the newest checkpoint.
 
     Returns:
         The file; None with a warning if there is no best checkpoint, or it cannot be exported.
     """
     whole = _whole_run(run_dir)
-    target = whole / WEIGHTS
+    target = whole / BEST_WEIGHTS
     try:
-        best = best_checkpoint(*(phase_directories(whole) or [whole]))
+        best = best_checkpoint(*(phase_directories(whole) or [whole]), known=known)
         if best is None:
             log.warning("no checkpoint was measured by the guard: there are no best weights")
             return None
@@ -170,7 +174,7 @@ def end_at_fall(
         RunFailedError: else, on every rank.
     """
     run_dir, roll_back = Path(config.run_dir), config.guard.on_fall == "roll_back"
-    export = partial(_export_and_set_back, run_dir, roll_back=roll_back)
+    export = partial(_export_and_set_back, run_dir, fall, roll_back=roll_back)
     step = on_first_rank(lambda beat: export(heartbeat=beat), heartbeat)
     step = distributed.broadcast_object(step)
     if roll_back and step is not None:
@@ -183,7 +187,7 @@ def end_at_fall(
 
 
 def _export_and_set_back(
-    run_dir: Path, *, roll_back: bool, heartbeat: Callable[[], None]
+    run_dir: Path, fall: Guarded, *, roll_back: bool, heartbeat: Callable[[], None]
 ) -> int | None:
     """Do what is to be done on the disk; return the step of the best checkpoint, if any.
 
@@ -191,12 +195,12 @@ def _export_and_set_back(
         UnreadableError: the checkpoints cannot be listed, or one cannot be read.
         RunFailedError: the best is damaged, and nothing is set aside; or one cannot be renamed.
     """
-    best = best_checkpoint(run_dir)
+    best = best_checkpoint(run_dir, known=fall)
     if best is None:
         return None
     if roll_back:
         _require_intact(best.path, heartbeat)
-    export_best(run_dir, heartbeat)
+    export_best(run_dir, heartbeat, known=fall)
     try:
         if roll_back:
             set_back(run_dir, step=best.step, heartbeat=heartbeat)

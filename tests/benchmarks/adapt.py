@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 from scipy.stats import spearmanr
 
-from dinoscale.training.best import WEIGHTS
+from dinoscale.runtime.outputs import BEST_WEIGHTS
 
 SOURCE_STEPS, STEPS, HEAD_STEPS, EVERY = 1200, 250, 50, 25
 RATE = 1e-3
@@ -176,7 +176,7 @@ def main() -> None:
                     "knn_best": best["knn_top1"],
                     "rankme": [round(line["guard_rankme"], 1) for line in found],
                     "exported": sorted(
-                        str(path.relative_to(run_dir)) for path in run_dir.rglob(WEIGHTS)
+                        str(path.relative_to(run_dir)) for path in run_dir.rglob(BEST_WEIGHTS)
                     ),
                     "events": [
                         line["text"] for line in _log(run_dir, "events.jsonl") if "text" in line

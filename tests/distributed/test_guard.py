@@ -17,7 +17,7 @@ from dinoscale.checkpoint.load import Checkpoint
 from dinoscale.config import RunConfig
 from dinoscale.convert.run_checkpoint import read_run
 from dinoscale.convert.source import read_source
-from dinoscale.training.best import WEIGHTS
+from dinoscale.runtime.outputs import BEST_WEIGHTS
 from dinoscale.training.hooks.held_out import START_FILE
 from tests.distributed.tiny_run import tiny_config
 from tests.harness import run_distributed
@@ -81,7 +81,7 @@ def train_all(root: str) -> dict[str, list[str]]:
             except RunFailedError as error:
                 end = str(error)
             ends.setdefault(name, []).append(end)
-            weights = Path(root) / name / WEIGHTS
+            weights = Path(root) / name / BEST_WEIGHTS
             if distributed.rank() == 0 and weights.exists():
                 weights.with_name(f"after_{number}.safetensors").write_bytes(weights.read_bytes())
     return ends
@@ -123,7 +123,7 @@ def test_without_a_guard_nothing_is_measured_or_written(root: Path) -> None:
     run = root / "source"
     assert _measured(run, "guard_rankme") == {}
     assert not (run / START_FILE).exists()
-    assert not (run / WEIGHTS).exists()
+    assert not (run / BEST_WEIGHTS).exists()
     assert directory(run, 0) not in checkpoints(run)
 
 
@@ -136,7 +136,7 @@ def test_a_healthy_run_is_silent_and_its_best_is_exported(root: Path) -> None:
     assert [*ranks] == [0, 4, 8, 12]
     assert _measured(run, "guard_agreement")[0] == 1
     best = max(ranks, key=lambda step: (ranks[step], step))
-    _require_exported(run / WEIGHTS, run, step=best)
+    _require_exported(run / BEST_WEIGHTS, run, step=best)
 
 
 def test_a_ruin_is_caught_at_the_first_measurement_and_stops_every_start(root: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_ruin_is_caught_at_the_first_measurement_and_stops_every_start(root: P
         ("resumed", EVERY),
     ]
     assert max(_measured(run, "loss")) == 12
-    _require_exported(run / WEIGHTS, run, step=0)  # as the weights it began with
+    _require_exported(run / BEST_WEIGHTS, run, step=0)  # as the weights it began with
 
 
 def test_a_fall_rolls_back_to_the_best_and_goes_on_as_if_it_had_not_been(root: Path) -> None:
@@ -175,4 +175,4 @@ def test_a_fall_rolls_back_to_the_best_and_goes_on_as_if_it_had_not_been(root: P
     pair = [Checkpoint(directory(path, STEPS)).progress.guarded for path in (run, whole)]
     assert pair[0] == pair[1]
     assert pair[0] is not None
-    _require_exported(run / WEIGHTS, run, step=pair[0].best_step)
+    _require_exported(run / BEST_WEIGHTS, run, step=pair[0].best_step)

@@ -16,6 +16,7 @@ from dinoscale.reports.run.guard import check_guard, margin
 from dinoscale.reports.run.phases import write_report
 from dinoscale.reports.run.read import Record, read_record
 from dinoscale.reports.run.write import write_run_report
+from dinoscale.runtime.outputs import BEST_WEIGHTS
 from tests.distributed.tiny_run import tiny_config
 
 START, BEST, LAST = (
@@ -84,10 +85,13 @@ def test_the_page_of_all_phases_shows_before_and_after_over_all(tmp_path: Path) 
         _run(tmp_path / "run" / "phases" / name, fall="", events=[])
     known = Guarded("9 images", "rankme", 20, LAST, 0, START, 10, BEST, start_in="01_heads")
     write_measured(tmp_path / "run/phases/02_adapt/checkpoints/step_00000020", None, known)
+    card = {"checkpoint": "01_heads/checkpoints/step_00000020"}
+    (tmp_path / "run" / f"{BEST_WEIGHTS}.json").write_text(json.dumps(card))
     write_report(tmp_path / "run", tmp_path / "out", attention=False)
     page = (tmp_path / "out" / "report.html").read_text()
     assert "start (step 0 of 01_heads)" in page
     assert "best (step 10)" in page
+    assert "exported (step 20 of 01_heads)" in page
     assert page.count("<img") == 2  # RankMe and agreement, over the steps of both
 
 

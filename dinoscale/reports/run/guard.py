@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from xml.etree.ElementTree import Element
 
 from dinoscale.checkpoint.progress import Guarded
+from dinoscale.checkpoint.retention import Summary
 from dinoscale.cluster.doctor.report import Check, ok, problem, warning
 from dinoscale.reports import html
 from dinoscale.reports.html import element
-from dinoscale.reports.run.read import Record
+from dinoscale.reports.run.read import Record, exported_name
 
 _WORDS = {
     "knn_top1": "k-NN top-1, %",
@@ -55,16 +57,27 @@ def check_guard(record: Record) -> Iterator[Check]:
         )
 
 
-def before_and_after(record: Record) -> list[Element]:
-    """A table of every measure at the start, the best and the last measurement."""
+def exported_of(run_dir: Path, records: Iterable[Record]) -> Summary | None:
+    """The checkpoint whose teacher the best weights in a folder are, as their card says."""
+    name = exported_name(run_dir)
+    found = (one for record in records for one in record.checkpoints)
+    return next((one for one in found if "/".join(one.path.resolve().parts[-3:]) == name), None)
+
+
+def before_and_after(record: Record, exported: Summary | None) -> list[Element]:
+    """A table of every measure at the start, the best and the last measurement.
+
+    A checkpoint that was exported, but is not that best one, has a column of its own.
+    """
     known = known_of(record)
     if known is None:
         return []
-    columns = (
+    columns = [
         (f"start ({known.start_text})", known.start),
         (f"best ({known.best_text})", known.best),
+        *([] if exported is None else _exported(exported, record, known)),
         (f"last (step {known.step:,})", known.values),
-    )
+    ]
     rows = [
         element(
             "tr",
@@ -77,6 +90,18 @@ def before_and_after(record: Record) -> list[Element]:
     heads = [element("th", head, scope="col") for head in ("teacher", *(c for c, _ in columns))]
     images = element("p", f"Measured on {known.images}; the best by {_WORDS.get(known.measure)}.")
     return [element("h2", "Before and after"), images, html.table(heads, rows)]
+
+
+def _exported(
+    one: Summary, record: Record, known: Guarded
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """The column of the exported checkpoint, if it is not the best of what the guard knows."""
+    own, folder = record.run_dir.resolve().name, one.path.resolve().parent.parent.name
+    if (folder, one.step) == (known.best_in or own, known.best_step):
+        return
+    here = [found for found in one.verdicts if found.step == one.step and found.compares(known)]
+    values = here[0].values if here else {}
+    yield f"exported (step {one.step:,}{'' if folder == own else f' of {folder}'})", values
 
 
 def _number(value: float | None) -> str:

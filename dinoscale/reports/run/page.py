@@ -12,7 +12,7 @@ from dinoscale.cluster.doctor.report import Check, size_text
 from dinoscale.config import RunConfig
 from dinoscale.reports import html
 from dinoscale.reports.html import Plot, element
-from dinoscale.reports.run.guard import before_and_after
+from dinoscale.reports.run.guard import before_and_after, exported_of
 from dinoscale.reports.run.read import Event, Record
 from dinoscale.runtime.outputs import run_name
 
@@ -41,7 +41,7 @@ def build_body(
         element("h1", f"Run {run_name(record.run_dir)}"),
         *(element("p", sentence) for sentence in sentences),
         element("ul", *map(_finding, checks), class_="checks"),
-        *before_and_after(record),
+        *before_and_after(record, exported_of(record.run_dir, [record])),
         element("h2", "Curves"),
         *(html.plot_figure(plot) for plot in plots),
         *([] if plots else [element("p", "Nothing has been logged yet.")]),

@@ -11,7 +11,7 @@ from dinoscale.checkpoint.layout import phase_directories
 from dinoscale.reports import html
 from dinoscale.reports.html import element
 from dinoscale.reports.run.chain import beginnings, draw_chain
-from dinoscale.reports.run.guard import before_and_after, known_of
+from dinoscale.reports.run.guard import before_and_after, exported_of, known_of
 from dinoscale.reports.run.read import CONFIG, METRICS, read_record
 from dinoscale.reports.run.write import PAGE, report_of, write_run_report
 from dinoscale.runtime.outputs import PHASES, run_name
@@ -48,11 +48,12 @@ def write_report(run_dir: Path, out: Path, *, attention: bool) -> dict[str, Any]
         for phase, report in reports.items()
     ]
     guarded = [record for record in records.values() if known_of(record) is not None]
+    exported = exported_of(run_dir, records.values())
     body = [
         element("h1", f"Run {name}"),
         element("p", "Each phase began where an earlier one ended; its name leads to its report."),
         html.table([element("th", head, scope="col") for head in columns], rows),
-        *(before_and_after(guarded[-1]) if guarded else []),
+        *(before_and_after(guarded[-1], exported) if guarded else []),
         *(html.plot_figure(plot) for plot in draw_chain(records, begun)),
     ]
     html.write_page(f"dinoscale: {name}", body, out / PAGE)

@@ -25,6 +25,7 @@ from dinoscale.config.secrets import hide_secrets
 from dinoscale.config.yaml_io import read_yaml
 from dinoscale.errors import ConfigError, DataError, UnreadableError
 from dinoscale.reports.run.series import Series
+from dinoscale.runtime.outputs import BEST_WEIGHTS
 
 CONFIG, METRICS = "config.yaml", "metrics.jsonl"
 EVENTS, BAD_IMAGES = "events.jsonl", "bad_samples.jsonl"
@@ -351,6 +352,12 @@ def _text(record: Record, name: str) -> str | None:
     except ValueError:  # not UTF-8, or too long
         record.missing[name] = "is not text, or too long"
     return None
+
+
+def exported_name(run_dir: Path) -> str:
+    """Phase or run, folder and checkpoint whose teacher the best weights are; empty if unknown."""
+    name = _json_file(Record(run_dir), f"{BEST_WEIGHTS}.json").get("checkpoint")
+    return name if isinstance(name, str) else ""
 
 
 def _json_file(record: Record, name: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from dinoscale.checkpoint.progress import Guarded, Progress
 from dinoscale.config import RunConfig, parse_config, phases_of
 from dinoscale.errors import RunFailedError, UnreadableError
 from dinoscale.runtime import retry
+from dinoscale.runtime.outputs import BEST_WEIGHTS
 from dinoscale.training import best
 from dinoscale.training.best import best_checkpoint, export_best, finish
 from dinoscale.training.due import Due, due_after
@@ -181,6 +182,19 @@ def test_a_phase_does_not_begin_anew_while_the_one_before_cannot_be_read(
     state.write_bytes(kept)
 
 
+def test_the_phase_that_ends_says_by_which_images_the_best_is_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = phases_of(_config(tmp_path))
+    _store(first, 2, replace(_known(2), values={"rankme": 10.0}))
+    _store(first, STEPS, _known(STEPS))
+    _store(second, 2, replace(_known(2), images="others"))  # in the last folder
+    converted = MagicMock()
+    monkeypatch.setattr(best, "convert", converted)
+    finish(Progress(step=STEPS, guarded=_known(STEPS)), first, lambda: None)
+    assert converted.call_args.args[0] == directory(Path(first.run_dir), 2)
+
+
 def test_the_best_of_all_phases_is_exported_to_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,10 +204,10 @@ def test_the_best_of_all_phases_is_exported_to_the_run(
             _store(run, step, replace(_known(step), values={"rankme": rank}))
     converted = MagicMock()
     monkeypatch.setattr(best, "convert", converted)
-    assert export_best(Path(second.run_dir)) == tmp_path / best.WEIGHTS
+    assert export_best(Path(second.run_dir)) == tmp_path / BEST_WEIGHTS
     assert converted.call_args.args[:2] == (
         directory(Path(first.run_dir), 2),
-        tmp_path / best.WEIGHTS,
+        tmp_path / BEST_WEIGHTS,
     )
     own = best_checkpoint(Path(second.run_dir))
     assert own is not None

@@ -12,6 +12,7 @@ import pytest
 from dinoscale.checkpoint.layout import STATE_FILE, checkpoints, directory, shard_file
 from dinoscale.checkpoint.progress import Guarded, Progress
 from dinoscale.errors import RunFailedError, UnreadableError
+from dinoscale.runtime.outputs import BEST_WEIGHTS
 from dinoscale.training import best
 from dinoscale.training.best import best_checkpoint, end_at_fall, export_best
 from dinoscale.training.hooks.events import Events
@@ -112,7 +113,7 @@ def test_weights_of_an_earlier_end_do_not_pass_for_the_best(
 ) -> None:
     config = tiny_config(str(run_dir), guard={"every_steps": 2, "images": "a"})
     best.warn_of_old_weights(config)  # there are none
-    weights = run_dir / best.WEIGHTS
+    weights = run_dir / BEST_WEIGHTS
     weights.write_bytes(b"")
     os.utime(weights, (4e9, 4e9))
     best.warn_of_old_weights(config)
