@@ -333,7 +333,11 @@ class RunConfig(Section):
                 zero_stage=self.engine.zero_stage,
             ),
             *self._replaced_settings(),
-            *self._guard_mistakes(),
+            *self.guard.mistakes(
+                images=self.guarded_images,
+                labelled=self.eval.train is not None,
+                keeps_best=self.checkpoint.keep_best,
+            ),
         ]
         # 1e-9: equal up to rounding is equal
         if self.schedules.lr is None and self.optim.min_lr > self.peak_lr * (1 + 1e-9):
@@ -476,23 +480,6 @@ class RunConfig(Section):
             for key, epochs in phases.items()
             if epochs > self.train.epochs
         ]
-
-    def _guard_mistakes(self) -> list[str]:
-        """What the guard lacks."""
-        guard, mistakes = self.guard, []
-        if guard.every_steps is None:
-            return []
-        if guard.measure == "knn_top1" and self.eval.train is None:
-            mistakes.append(
-                "guard.measure: 'knn_top1' needs labelled images in eval.train and eval.test; "
-                "'rankme' needs no labels"
-            )
-        if not self.checkpoint.keep_best:
-            mistakes.append(
-                "checkpoint.keep_best: the guard exports the best checkpoint and returns to it, "
-                "need true (or guard.every_steps null)"
-            )
-        return mistakes
 
     def _replaced_settings(self) -> list[str]:
         """Settings in whose place a curve stands, and that say something else all the same."""

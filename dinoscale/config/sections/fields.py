@@ -40,6 +40,13 @@ BetaPair = Annotated[tuple[_Beta, _Beta], Field(strict=False)]
 ThreeFractions = Annotated[tuple[Fraction, Fraction, Fraction], Field(strict=False)]
 Fractions = Annotated[tuple[Fraction, ...], Field(strict=False)]
 Positives = Annotated[tuple[Positive, ...], Field(strict=False)]
+_STREAMED = ("http", "https", "s3", "gs", "hdfs", "pipe")  # schemes
+
+
+def is_streamed(spec: str) -> bool:
+    """Whether images are read over the network or from a command, not from a disk."""
+    scheme, colon, _ = spec.partition(":")
+    return bool(colon) and scheme.lower() in _STREAMED
 
 
 class Section(BaseModel):

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from dinoscale.config.sections.fields import Count, Fraction, PathText, Section
+from dinoscale.config.sections.fields import Count, Fraction, PathText, Section, is_streamed
 
 
 class GuardConfig(Section):
@@ -53,6 +53,34 @@ class GuardConfig(Section):
         description="warn: an event and a warning. stop: end the run there. roll_back: end it, and "
         "set the later checkpoints aside, so that it resumes from the best one.",
     )
+
+    def mistakes(self, *, images: str | None, labelled: bool, keeps_best: bool) -> list[str]:
+        """What the guard lacks.
+
+        Args:
+            images: what it measures; None if nothing is named yet.
+            labelled: whether k-NN is measured.
+            keeps_best: whether the best checkpoint is kept.
+        """
+        if self.every_steps is None:
+            return []
+        mistakes = []
+        if is_streamed(images or ""):
+            mistakes.append(
+                f"guard.images: {images} is streamed, and the guard measures stored images; name "
+                "some in guard.images, or set guard.every_steps to null"
+            )
+        if self.measure == "knn_top1" and not labelled:
+            mistakes.append(
+                "guard.measure: 'knn_top1' needs labelled images in eval.train and eval.test; "
+                "'rankme' needs no labels"
+            )
+        if not keeps_best:
+            mistakes.append(
+                "checkpoint.keep_best: the guard exports the best checkpoint and returns to it, "
+                "need true (or guard.every_steps null)"
+            )
+        return mistakes
 
     @property
     def ends_runs(self) -> bool:

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from dinoscale.config import RunConfig
 from dinoscale.data.decoding.decode import Decoder
-from dinoscale.data.shards.remote import is_remote
 from dinoscale.data.sources.mixture import require_few_left_out
 from dinoscale.data.sources.source import StoredSource
 from dinoscale.data.sources.subset import SubsetSource
-from dinoscale.errors import ConfigError, DataError, NonFiniteError
+from dinoscale.errors import DataError, NonFiniteError
 from dinoscale.evaluate.features import extract_unlabelled
 from dinoscale.evaluate.label_free.agreement import agreement, nearest
 from dinoscale.evaluate.label_free.spectrum import alpha_req, rankme
@@ -57,16 +56,10 @@ class HeldOut:
             labelled: sets of k-NN, which are told apart where `guard.measure` is its accuracy.
 
         Raises:
-            ConfigError: it is streamed.
             DataError: it cannot be opened or listed, or lacks more than `data.max_bad_fraction`.
         """
         spec = config.guarded_images
         assert spec is not None
-        if is_remote(spec):
-            raise ConfigError(
-                f"guard.images: {spec} is streamed, and the guard measures stored images; name some"
-                " in guard.images, or set guard.every_steps to null"
-            )
         source = open_set(spec, Decoder(config.data.channels, config.data.max_pixel_value))
         require_few_left_out(source, spec, max_lost=config.data.max_bad_fraction)
         count = config.guard.num_images

@@ -20,7 +20,9 @@ from dinoscale.checkpoint.progress import (
 )
 from dinoscale.checkpoint.retention import Keep, Summary, best_of, superfluous
 from dinoscale.config import load_config, phases_of
+from dinoscale.config.sections.fields import is_streamed
 from dinoscale.config.sections.guard import GuardConfig
+from dinoscale.data.shards.remote import is_remote
 from dinoscale.data.sources.source import open_source
 from dinoscale.errors import ConfigError
 from dinoscale.training.hooks.guard import end_text, fall_text, judge, new_start_text, starts
@@ -331,9 +333,17 @@ def test_without_other_images_the_guard_measures_a_fixed_choice_of_those_trained
     assert held_out.images == f"40 of 40 images of {SPEC}"
     labelled = tiny_config(eval={"train": "b", "test": "c"}, data={"train": "a"})
     assert labelled.guarded_images == "b"
-    streamed = tiny_config(data={"train": "https://host/a.tar"}, guard={"every_steps": 5})
+
+
+def test_streamed_images_are_refused_with_the_configuration() -> None:
+    url = "https://host/a.tar"
     with pytest.raises(ConfigError, match=r"guard\.images: https://host/a\.tar is streamed"):
-        HeldOut(streamed, lambda name, decoder: open_source(name, decoder))
+        load_config("adapt_dinov2_vits14", [f"data.train={url}"])
+    load_config("adapt_dinov2_vits14", [f"data.train={url}", "guard.images=a"])
+    load_config("adapt_dinov2_vits14", [f"data.train={url}", "guard.every_steps=null"])
+    for scheme in ("https", "HTTP", "s3", "gs", "hdfs", "pipe", "ftp", "file", "synthetic", "c"):
+        assert is_streamed(f"{scheme}://host/a.tar") == is_remote(f"{scheme}://host/a.tar")
+    assert not is_streamed("s3")
 
 
 def test_the_start_of_other_images_gives_no_agreement(tmp_path: Path) -> None:
