@@ -52,13 +52,19 @@ def has_verdict(progress: Progress, rule: GuardConfig) -> bool:
     return judged or not rule.ends_runs
 
 
-def finish(progress: Progress, config: RunConfig, heartbeat: Callable[[], None]) -> None:
+def finish(
+    progress: Progress, config: RunConfig, heartbeat: Callable[[], None]
+) -> dict[str, str | None]:
     """Export the best teacher of a run at its last step; all ranks call it.
 
     Args:
         progress: after the last step, which is saved.
         config: of the run; nothing is done without a guard.
         heartbeat: called while rank 0 works.
+
+    Returns:
+        For the summary of the run: with a guard, `best_checkpoint`, the path of the exported one;
+        None if none was exported.
 
     Raises:
         RunFailedError: on every rank, if a fall ends the run and this step could not be measured.
@@ -69,9 +75,13 @@ def finish(progress: Progress, config: RunConfig, heartbeat: Callable[[], None])
             f" events.jsonl in {config.run_dir}): the same command tries again;"
             " guard.on_fall=warn does without"
         )
-    if config.guard.every_steps is not None:
-        export = partial(export_best, Path(config.run_dir), known=progress.guarded)
-        on_first_rank(export, heartbeat)
+    if config.guard.every_steps is None:
+        return {}
+    export = partial(export_best, Path(config.run_dir), known=progress.guarded)
+    exported = distributed.broadcast_object(on_first_rank(export, heartbeat))
+    if exported is None:
+        warn_of_old_weights(config)
+    return {"best_checkpoint": None if exported is None else str(exported)}
 
 
 def warn_of_old_weights(config: RunConfig) -> None:
@@ -111,7 +121,7 @@ def export_best(
         known: of the guard of that run or phase; None for that of the newest checkpoint.
 
     Returns:
-        The file; None with a warning if there is no best checkpoint, or it cannot be exported.
+        The checkpoint; None with a warning if there is none, or it cannot be exported.
     """
     whole = _whole_run(run_dir)
     target = whole / BEST_WEIGHTS
@@ -125,7 +135,7 @@ def export_best(
         log.warning("the best weights are not exported: %s", error)
         return None
     log.info("the best weights are those of %s: %s", best.path, target)
-    return target
+    return best.path
 
 
 def set_back(

@@ -156,11 +156,11 @@ class Run:
             self._save_and_wait()
             if self.stopping and not has_verdict(self.progress, self.config.guard):
                 self._preempt()
-            finish(self.progress, self.config, self.watchdog.heartbeat)
+            best = finish(self.progress, self.config, self.watchdog.heartbeat)
         self.metrics.close()
         left_out = left_out_counts(self.source, distributed.gather_objects(self.left_out))
         done = {"run_dir": str(self.run_dir), "steps": self.plan.stop_step}
-        return {**done, **self.last, **self.measurements.last, "left_out": left_out}
+        return {**done, **self.last, **self.measurements.last, **best, "left_out": left_out}
 
     def _begin(self) -> None:
         """Measure what is due before the next step, which may have ended a start before this one.

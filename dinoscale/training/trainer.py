@@ -92,8 +92,9 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
     Of a run of several phases, only the first that is not finished is trained.
 
     Returns:
-        JSON-able summary: run_dir, steps, last loss and k-NN, images left out; `next_phase`, its
-        name, if one follows: new processes have to train it.
+        JSON-able summary: run_dir, steps, last loss and k-NN, images left out; with a guard
+        `best_checkpoint`, whose teacher was exported, or None; `next_phase`, its name, if one
+        follows: new processes have to train it.
 
     Raises:
         DinoscaleError: on every rank.

@@ -191,8 +191,10 @@ def test_the_phase_that_ends_says_by_which_images_the_best_is_exported(
     _store(second, 2, replace(_known(2), images="others"))  # in the last folder
     converted = MagicMock()
     monkeypatch.setattr(best, "convert", converted)
-    finish(Progress(step=STEPS, guarded=_known(STEPS)), first, lambda: None)
-    assert converted.call_args.args[0] == directory(Path(first.run_dir), 2)
+    summary = finish(Progress(step=STEPS, guarded=_known(STEPS)), first, lambda: None)
+    exported = directory(Path(first.run_dir), 2)
+    assert converted.call_args.args[0] == exported
+    assert summary == {"best_checkpoint": str(exported)}
 
 
 def test_the_best_of_all_phases_is_exported_to_the_run(
@@ -204,7 +206,7 @@ def test_the_best_of_all_phases_is_exported_to_the_run(
             _store(run, step, replace(_known(step), values={"rankme": rank}))
     converted = MagicMock()
     monkeypatch.setattr(best, "convert", converted)
-    assert export_best(Path(second.run_dir)) == tmp_path / BEST_WEIGHTS
+    assert export_best(Path(second.run_dir)) == directory(Path(first.run_dir), 2)
     assert converted.call_args.args[:2] == (
         directory(Path(first.run_dir), 2),
         tmp_path / BEST_WEIGHTS,

@@ -121,6 +121,11 @@ def test_weights_of_an_earlier_end_do_not_pass_for_the_best(
     os.utime(weights, (1e9, 1e9))
     best.warn_of_old_weights(config)
     assert "is of an earlier end of this run" in caplog.text
+    caplog.clear()  # nor where the run ends, but cannot export
+    assert best.finish(Progress(6, guarded=_known(6)), config, lambda: None) == {
+        "best_checkpoint": None
+    }
+    assert "is of an earlier end of this run" in caplog.text
 
 
 def test_the_best_is_that_of_the_guard(run_dir: Path) -> None:
