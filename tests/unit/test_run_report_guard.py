@@ -6,13 +6,14 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from xml.etree.ElementTree import tostring
 
 import pytest
 
 from dinoscale.checkpoint.manage import as_table, list_checkpoints
 from dinoscale.checkpoint.progress import Guarded, write_measured
 from dinoscale.config import dump_config
-from dinoscale.reports.run.guard import check_guard, margin
+from dinoscale.reports.run.guard import before_and_after, check_guard, margin
 from dinoscale.reports.run.phases import write_report
 from dinoscale.reports.run.read import Record, read_record
 from dinoscale.reports.run.write import write_run_report
@@ -78,6 +79,18 @@ def test_the_margin_is_below_the_best(tmp_path: Path) -> None:
     assert margin(record, "guard_agreement") == ((0.3, "0.3: guard.min_agreement"),)
     assert margin(record, "knn_top1") == ()
     assert _verdicts(record) == [("ok", "no fall; best at step 10, by RankMe, directions")]
+
+
+def test_what_a_phase_was_given_by_the_one_before_is_no_measurement_of_its_own(
+    tmp_path: Path,
+) -> None:
+    run = _run(tmp_path, fall="", events=[])
+    known = Guarded("9 images", "rankme", -1, LAST, 0, START, 10, BEST, start_in="01_heads")
+    write_measured(run / "checkpoints" / "step_00000020", None, known)
+    page = "".join(tostring(one, "unicode") for one in before_and_after(read_record(run), None))
+    assert "start (step 0 of 01_heads)" in page
+    assert "last" not in page
+    assert "step -1" not in page
 
 
 def test_the_page_of_all_phases_shows_before_and_after_over_all(tmp_path: Path) -> None:

@@ -67,7 +67,8 @@ def exported_of(run_dir: Path, records: Iterable[Record]) -> Summary | None:
 def before_and_after(record: Record, exported: Summary | None) -> list[Element]:
     """A table of every measure at the start, the best and the last measurement.
 
-    A checkpoint that was exported, but is not that best one, has a column of its own.
+    A checkpoint that was exported, but is not that best one, has a column of its own. There is no
+    last one where all is of the phase before.
     """
     known = known_of(record)
     if known is None:
@@ -76,7 +77,7 @@ def before_and_after(record: Record, exported: Summary | None) -> list[Element]:
         (f"start ({known.start_text})", known.start),
         (f"best ({known.best_text})", known.best),
         *([] if exported is None else _exported(exported, record, known)),
-        (f"last (step {known.step:,})", known.values),
+        *([] if known.step < 0 else [(f"last (step {known.step:,})", known.values)]),
     ]
     rows = [
         element(

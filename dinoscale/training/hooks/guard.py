@@ -86,7 +86,7 @@ def new_start_text(before: Guarded, *, step: int, images: str) -> str:
     """Why the guard begins anew in the middle of a run."""
     which = "others, or otherwise shown or classified" if before.images == images else before.images
     return (
-        f"step {step}: the guard measures {images}; its numbers up to step {before.step} are of"
+        f"step {step}: the guard measures {images}; its numbers so far are of"
         f" other images ({which}) and do not compare. The teacher of this step is the new start,"
         f" whatever has become of it; the former best, {before.best_text}, is kept"
     )

@@ -110,7 +110,7 @@ def test_other_images_are_told_by_their_identity_and_of_older_versions_by_words(
     assert not starts(known, "5 of a, which has moved", "one")
     assert starts(known, "5 of a", "other")
     assert not starts(_judged(_rank(10.0)), "a", "one")
-    assert "5 of a; its numbers up to step 0 are of other images (others, or" in new_start_text(
+    assert "5 of a; its numbers so far are of other images (others, or" in new_start_text(
         known, step=7, images="5 of a"
     )
 
