@@ -92,6 +92,11 @@ def _finished(phase: PhaseConfig, run: RunConfig) -> bool:
     rule = run.guard
     if rule.ends_runs and known is not None and not known.passes(state["step"], rule.measure):
         return False  # the training measures what is missing, and judges again
+    return bool(state["step"] >= end_of_phase(phase, steps))
+
+
+def end_of_phase(phase: PhaseConfig, total_steps: int) -> int:
+    """Steps after which a phase is finished: all, or its own `train.stop_after_steps`."""
     train = phase.change.get("train")
-    stop = train.get("stop_after_steps") if isinstance(train, dict) else None
-    return bool(state["step"] >= (steps if stop is None else min(steps, stop)))
+    stop: int | None = train.get("stop_after_steps") if isinstance(train, dict) else None
+    return total_steps if stop is None else min(total_steps, stop)

@@ -1,4 +1,8 @@
-"""Which checkpoints to keep: the newest, one every N steps, the best by k-NN or the guard."""
+"""Which checkpoints to keep: the newest, one every N steps, the best by k-NN or the guard.
+
+And those of the steps that the run itself names, which is read from the checkpoints: a later phase
+may begin its Gram network with one.
+"""
 
 import json
 import logging
@@ -54,6 +58,7 @@ class Summary:
     zero_stage: int | None
     guarded: Guarded | None = None
     former: tuple[Guarded, ...] = ()
+    keep_steps: tuple[int, ...] = ()  # checkpoint.keep_steps of the run when it was saved
 
     @property
     def verdicts(self) -> tuple[Guarded, ...]:
@@ -102,6 +107,7 @@ def read_summary(path: Path) -> Summary:
             state["config"]["engine"]["zero_stage"],
             verdicts[0] if verdicts else None,
             tuple(verdicts[1:]),
+            tuple(map(int, state["config"].get("checkpoint", {}).get("keep_steps", ()))),
         )
     except (FileNotFoundError, NotADirectoryError):
         return _unknown(path)
@@ -146,6 +152,7 @@ def superfluous(found: Sequence[Summary], keep: Keep) -> list[Summary]:
     """
     found = [s for s in found if s.num_bytes is not None and s.step == named_step(s.path)]
     kept = {s.step for s in found[-keep.last :]}
+    kept.update(*(s.keep_steps for s in found))
     if keep.every_steps:
         kept |= {s.step for s in found if s.step % keep.every_steps == 0}
     best = _bests(found) if keep.best else []

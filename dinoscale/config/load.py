@@ -351,7 +351,18 @@ def phases_of(config: RunConfig) -> tuple[RunConfig, ...]:
         run = _run_of(config, number, phase, before=_before(phase, found))
         _require_earlier_teacher(phase.name, run, [*found.values()])
         found[phase.name] = run
-    return tuple(found.values())
+    runs = [*found.values()]
+    return tuple(_keeping(run, runs[number:]) for number, run in enumerate(runs, start=1))
+
+
+def _keeping(run: RunConfig, later: Sequence[RunConfig]) -> RunConfig:
+    """A run that keeps the checkpoints from which later ones take their Gram networks."""
+    steps = {step for other in later if (step := other.gram.step_of_teacher(run.run_dir))}
+    if not steps:
+        return run
+    kept = sorted(steps.union(run.checkpoint.keep_steps))
+    checkpoint = run.checkpoint.model_copy(update={"keep_steps": tuple(kept)})
+    return run.model_copy(update={"checkpoint": checkpoint})
 
 
 def _before(phase: PhaseConfig, earlier: Mapping[str, RunConfig]) -> RunConfig | None:

@@ -85,7 +85,8 @@ for a command:
 What a phase changes wins over a setting on the command line that does not name the phase. In
 `gram.teacher` of a phase, `{run_dir}` is the folder of the whole run: with
 `gram: {teacher: "{run_dir}/phases/01_pretrain"}` the Gram network is the teacher at the end of the
-first phase, wherever the run is written. Weights that no earlier phase writes have to be there
+first phase, wherever the run is written, and `01_pretrain/checkpoints/step_00200000` is that of
+one of its checkpoints, which stays there. Weights that no earlier phase writes have to be there
 when the run starts.
 
 `train.continue_from=runs/other` begins with the whole state of any other run of the same network;

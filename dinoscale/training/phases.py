@@ -12,11 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-from dinoscale.checkpoint.layout import checkpoints, phase_directories
-from dinoscale.checkpoint.next_phase import NextPhase, find_next_phase
+from dinoscale.checkpoint.layout import checkpoints, directory, named_step, phase_directories
+from dinoscale.checkpoint.next_phase import NextPhase, end_of_phase, find_next_phase
 from dinoscale.config import RunConfig
+from dinoscale.config.resolve import RunPlan
+from dinoscale.config.sections.objectives import GramConfig
+from dinoscale.config.sections.training import PhaseConfig
 from dinoscale.errors import ConfigError
 from dinoscale.runtime import distributed
+from dinoscale.training.due import saves_amid
 
 
 def require_own_directory(config: RunConfig, runs: Sequence[RunConfig]) -> None:
@@ -51,31 +55,105 @@ def require_own_directory(config: RunConfig, runs: Sequence[RunConfig]) -> None:
 def require_gram_teachers(config: RunConfig, runs: Sequence[RunConfig]) -> None:
     """Refuse weights for a Gram network that are not there, also those of a phase to come.
 
-    A phase that has begun has them in its checkpoints, and an earlier phase of the run will write
-    those in its folder.
+    A phase that has begun has them in its checkpoints. Those in the folder of an earlier phase may
+    be missing if that phase will write them.
 
     Args:
         config: of the run.
         runs: of its phases, from `phases_of`.
 
     Raises:
-        ConfigError: some are missing.
+        ConfigError: some are missing, and no phase will write them.
     """
     for index, run in enumerate(runs):
         teacher = run.gram.teacher if run.gram.loss_weight else None
         if teacher is None or checkpoints(Path(run.run_dir)):
             continue
-        if any(run.gram.teacher_lies_in(other.run_dir) for other in runs[:index]):
+        if (reason := _why_missing(teacher)) is None:
             continue
-        try:
-            os.stat(teacher)
-        except (OSError, ValueError) as error:
-            of_phase = f"phases.{config.phases[index].name}." if config.phases else ""
-            reason = error.strerror if isinstance(error, OSError) else error
+        key = (
+            f"phases.{config.phases[index].name}.gram.teacher" if config.phases else "gram.teacher"
+        )
+        places = [n for n in range(index) if run.gram.teacher_lies_in(runs[n].run_dir)]
+        if not places:
             raise ConfigError(
-                f"{of_phase}gram.teacher: {teacher}: {reason}; give weights that are there when the"
-                " run starts, or those of an earlier phase, {run_dir}/phases/NN_NAME"
-            ) from error
+                f"{key}: {teacher}: {reason}; give weights that are there when the run starts, or "
+                "those of an earlier phase, {run_dir}/phases/NN_NAME"
+            )
+        _require_to_be_written(key, run.gram, config.phases[places[0]], runs[places[0]])
+
+
+def _why_missing(path: str) -> str | None:
+    try:
+        os.stat(path)
+    except OSError as error:
+        return error.strerror or str(error)
+    except ValueError as error:  # no name of a file
+        return str(error)
+    return None
+
+
+def _require_to_be_written(key: str, gram: GramConfig, phase: PhaseConfig, run: RunConfig) -> None:
+    """Refuse a path in the folder of an earlier phase at which that one will write nothing.
+
+    How many steps an epoch has is known here only if the configuration says so; else
+    `require_kept_steps` looks again when that phase starts.
+    """
+    if os.path.abspath(str(gram.teacher)) == os.path.abspath(run.run_dir):
+        return  # its newest checkpoint
+    step, folder = gram.step_of_teacher(run.run_dir), Path(run.run_dir)
+    if step is None:
+        raise ConfigError(
+            f"{key}: {gram.teacher} is nothing that phase {phase.name} writes; give {folder} for "
+            f"its last checkpoint, or a step in eight digits, such as {directory(folder, 200)}"
+        )
+    if any(path for path in checkpoints(folder) if (named_step(path) or 0) > step):
+        raise ConfigError(
+            f"{key}: {gram.teacher} is gone, and phase {phase.name} is past that step; give one "
+            "that `dinoscale checkpoint list` shows"
+        )
+    steps_per_epoch = _known_steps_per_epoch(run)
+    if steps_per_epoch is not None:
+        end = end_of_phase(phase, run.train.epochs * steps_per_epoch)
+        _require_saved(f"{key}: {gram.teacher}", step, run, steps_per_epoch, end=end)
+
+
+def _known_steps_per_epoch(run: RunConfig) -> int | None:
+    """Steps of an epoch if they do not depend on the number of images."""
+    if run.train.steps_per_epoch is not None or run.data.images_per_epoch is None:
+        return run.train.steps_per_epoch
+    return run.data.images_per_epoch // run.train.batch_size or None
+
+
+def require_kept_steps(config: RunConfig, plan: RunPlan) -> None:
+    """Refuse a `checkpoint.keep_steps` of which the run will write no checkpoint, and has none.
+
+    Args:
+        config: of a run of one part, or of a phase, with the steps that later ones name.
+        plan: of it.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for step in config.checkpoint.keep_steps:
+        if step != plan.stop_step and not directory(Path(config.run_dir), step).exists():
+            key, end = f"checkpoint.keep_steps: {step}", plan.total_steps
+            _require_saved(key, step, config, plan.steps_per_epoch, end=end)
+
+
+def _require_saved(key: str, step: int, run: RunConfig, steps_per_epoch: int, *, end: int) -> None:
+    if step == end or (step < end and saves_amid(step, run, steps_per_epoch)):
+        return
+    rule = run.checkpoint
+    when = f"every {rule.every_epochs * steps_per_epoch} (checkpoint.every_epochs)"
+    if rule.every_steps is not None:
+        when += f", every {rule.every_steps} (checkpoint.every_steps)"
+    if run.guard.every_steps is not None:
+        when += f", every {run.guard.every_steps} (guard.every_steps)"
+    raise ConfigError(
+        f"{key}: no checkpoint of this step is written; of {end} steps, they are written after "
+        f"{when} and at the end, so name one of these"
+    )
 
 
 def next_phase(config: RunConfig, runs: Sequence[RunConfig]) -> NextPhase:

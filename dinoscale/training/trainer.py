@@ -65,6 +65,7 @@ from dinoscale.training.micro_batch.search import find_micro_batch
 from dinoscale.training.phases import (
     next_phase,
     require_gram_teachers,
+    require_kept_steps,
     require_own_directory,
 )
 from dinoscale.training.resume import (
@@ -160,7 +161,8 @@ def _train(
     source = open_once_per_node(opens, hosts, watchdog.heartbeat)
     distributed.together(stop.check)
     require_same_images(source)
-    _plan(without_auto(config), process, source)  # fail before the run_dir is created
+    plan = _plan(without_auto(config), process, source)  # fail before the run_dir is created
+    distributed.together(lambda: require_kept_steps(config, plan) if is_first else None)
     with distributed.together(lambda: directory.lock(run_dir) if is_first else nullcontext()):
         require_shared(run_dir, hosts)
         keep_logs(run_dir, process, members)

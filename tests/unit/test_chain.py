@@ -6,15 +6,24 @@ from typing import Any
 import pytest
 
 from dinoscale.checkpoint.layout import directory
-from dinoscale.config import RunConfig, parse_config, phases_of
+from dinoscale.config import RunConfig, parse_config, phases_of, resolve
 from dinoscale.errors import ConfigError
-from dinoscale.training.phases import require_gram_teachers
+from dinoscale.training.phases import require_gram_teachers, require_kept_steps
 from tests.distributed.tiny_run import tiny_config
 
+_OF_FIRST = "{{run_dir}}/phases/01_first/checkpoints/step_{:08d}"
 
-def _chain(run_dir: Path, teacher: Path | str, *, weight: float = 1.0) -> RunConfig:
+
+def _chain(
+    run_dir: Path, teacher: Path | str, *, weight: float = 1.0, **first: dict[str, Any]
+) -> RunConfig:
+    """Three phases, the first with changes; of known length with train.steps_per_epoch."""
     gram: dict[str, Any] = {"loss_weight": weight, "teacher": str(teacher)}
-    phases = [{"name": "first"}, {"name": "second"}, {"name": "third", "change": {"gram": gram}}]
+    phases = [
+        {"name": "first", "change": first},
+        {"name": "second"},
+        {"name": "third", "change": {"gram": gram}},
+    ]
     return parse_config(tiny_config(str(run_dir)).model_dump() | {"phases": phases})
 
 
@@ -41,8 +50,65 @@ def test_what_cannot_be_a_file_is_refused(tmp_path: Path, path: str) -> None:
 
 
 def test_weights_that_an_earlier_phase_writes_may_be_missing(tmp_path: Path) -> None:
-    for path in ("{run_dir}/phases/02_second", "{run_dir}/phases/01_first/checkpoints/step_7"):
-        _require(_chain(tmp_path / "run", path))
+    for path in ("{run_dir}/phases/02_second", _OF_FIRST.format(7)):
+        _require(_chain(tmp_path / "run", path))  # how long it is depends on the images
+
+
+@pytest.mark.parametrize("path", ["checkpoints/step_7", "checkpoints", "step_00000007", "x.pth"])
+def test_what_no_phase_writes_is_refused(tmp_path: Path, path: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        _require(_chain(tmp_path / "run", f"{{run_dir}}/phases/01_first/{path}"))
+    folder = f"{tmp_path}/run/phases/01_first"
+    assert str(refused.value) == (
+        f"phases.third.gram.teacher: {folder}/{path} is nothing that phase first writes; give "
+        f"{folder} for its last checkpoint, or a step in eight digits, such as "
+        f"{folder}/checkpoints/step_00000200"
+    )
+
+
+# Two epochs of 10 steps; a checkpoint after each of them, and after every 4 steps.
+_LENGTH = {"train": {"epochs": 2, "steps_per_epoch": 10}, "checkpoint": {"every_steps": 4}}
+
+
+@pytest.mark.parametrize("step", [4, 8, 10, 20])
+def test_steps_that_are_written_are_taken(tmp_path: Path, step: int) -> None:
+    _require(_chain(tmp_path, _OF_FIRST.format(step), **_LENGTH))
+
+
+@pytest.mark.parametrize("step", [7, 24, 30])
+def test_steps_that_are_never_written_are_refused(tmp_path: Path, step: int) -> None:
+    config = _chain(tmp_path, _OF_FIRST.format(step), **_LENGTH)
+    first, _, third = phases_of(config)
+    never = (
+        "no checkpoint of this step is written; of 20 steps, they are written after every 10 "
+        "(checkpoint.every_epochs), every 4 (checkpoint.every_steps) and at the end, so name one "
+        "of these"
+    )
+    with pytest.raises(ConfigError) as refused:
+        _require(config)
+    assert str(refused.value) == f"phases.third.gram.teacher: {third.gram.teacher}: {never}"
+    with pytest.raises(ConfigError) as refused:  # once the images are counted
+        require_kept_steps(first, resolve(first, world_size=1, num_images=60))
+    assert str(refused.value) == f"checkpoint.keep_steps: {step}: {never}"
+    directory(Path(first.run_dir), step).mkdir(parents=True)  # by other settings
+    _require(config)
+    require_kept_steps(first, resolve(first, world_size=1, num_images=60))
+
+
+def test_a_step_that_a_phase_has_passed_and_not_kept_is_refused(tmp_path: Path) -> None:
+    config = _chain(tmp_path, _OF_FIRST.format(4), **_LENGTH)
+    directory(Path(phases_of(config)[0].run_dir), 8).mkdir(parents=True)
+    with pytest.raises(ConfigError, match="step_00000004 is gone, and phase first is past that"):
+        _require(config)
+
+
+def test_a_phase_keeps_the_steps_that_later_ones_name(tmp_path: Path) -> None:
+    for teacher, steps in ((_OF_FIRST.format(7), (7,)), ("{run_dir}/phases/01_first", ())):
+        runs = phases_of(_chain(tmp_path, teacher))
+        assert [run.checkpoint.keep_steps for run in runs] == [steps, (), ()]
+    given = phases_of(_chain(tmp_path, _OF_FIRST.format(7), checkpoint={"keep_steps": [9, 3]}))
+    assert given[0].checkpoint.keep_steps == (3, 7, 9)
+    assert not phases_of(_chain(tmp_path, _OF_FIRST.format(7), weight=0.0))[0].checkpoint.keep_steps
 
 
 def test_weights_that_nobody_reads_may_be_missing(tmp_path: Path) -> None:

@@ -321,6 +321,8 @@ def test_checkpoint_size_and_number() -> None:
     labelled = {"train": "synthetic:shapes", "test": "synthetic:shapes"}
     config = tiny_config(train={"epochs": 100}, checkpoint={"keep_every": 25}, eval=labelled)
     assert storage.num_checkpoints(config) == 8
+    named = tiny_config(train={"epochs": 100}, checkpoint={"keep_steps": [7, 9]})
+    assert storage.num_checkpoints(named) == 5
     guard = {"every_steps": 5, "images": "a", "on_fall": "roll_back"}
     kept = tiny_config(checkpoint={"keep_last": 3}, guard=guard)
     assert storage.num_checkpoints(kept) == 3 + 1 + 1 + 3, "those of a fall lie aside"

@@ -146,6 +146,7 @@ def num_checkpoints(config: RunConfig) -> int:
     """Most checkpoints in run_dir at once, including the one being written."""
     rule = config.checkpoint
     permanent = 0 if rule.keep_every is None else config.train.epochs // rule.keep_every
+    permanent += len(rule.keep_steps)
     measures = config.eval.train is not None or config.guard.every_steps is not None
     fallen = rule.keep_last if config.guard.on_fall == "roll_back" and measures else 0  # set aside
     return rule.keep_last + permanent + (rule.keep_best and measures) + 1 + fallen

@@ -38,6 +38,7 @@ Pair = Annotated[tuple[float, float], Field(strict=False)]
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 BetaPair = Annotated[tuple[_Beta, _Beta], Field(strict=False)]
 ThreeFractions = Annotated[tuple[Fraction, Fraction, Fraction], Field(strict=False)]
+Counts = Annotated[tuple[Count, ...], Field(strict=False)]
 Fractions = Annotated[tuple[Fraction, ...], Field(strict=False)]
 Positives = Annotated[tuple[Positive, ...], Field(strict=False)]
 _STREAMED = ("http", "https", "s3", "gs", "hdfs", "pipe")  # schemes

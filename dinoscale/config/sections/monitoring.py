@@ -2,7 +2,7 @@
 
 from pydantic import Field, model_validator
 
-from dinoscale.config.sections.fields import Count, PathText, Section
+from dinoscale.config.sections.fields import Count, Counts, PathText, Section
 
 
 class EvalConfig(Section):
@@ -56,6 +56,11 @@ class CheckpointConfig(Section):
     keep_last: Count = Field(default=2, description="Newest checkpoints to keep.")
     keep_every: Count | None = Field(
         default=None, description="Also keep those at multiples of this many epochs; null: none."
+    )
+    keep_steps: Counts = Field(
+        default=(),
+        description="Also keep those of these steps, to which a phase adds those that later phases "
+        "name in gram.teacher.",
     )
     keep_best: bool = Field(
         default=True,

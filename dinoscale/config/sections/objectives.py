@@ -7,6 +7,7 @@ patches, Sablayrolles et al. 2018 (arXiv:1806.03198) for KoLeo; code of Simeoni 
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +23,7 @@ from dinoscale.config.sections.fields import (
     Section,
 )
 
+_CHECKPOINT = re.compile(r"checkpoints/step_([0-9]{8,20})")  # in a run's directory
 _LEAST_SIDE = 4  # patches; a mask is made of rectangles of 4 or more, smaller than the crop
 
 
@@ -257,6 +259,15 @@ class GramConfig(Section):
         if self.teacher is None or not self.loss_weight:
             return False
         return Path(os.path.abspath(self.teacher)).is_relative_to(os.path.abspath(folder))
+
+    def step_of_teacher(self, run_dir: str | Path) -> int | None:
+        """The step of the weights if they are a checkpoint of a run, by their path alone."""
+        if self.teacher is None or not self.teacher_lies_in(run_dir):
+            return None
+        path = os.path.relpath(os.path.abspath(self.teacher), os.path.abspath(run_dir))
+        found = _CHECKPOINT.fullmatch(Path(path).as_posix())
+        step = int(found[1]) if found else 0
+        return step if found and step and found[1] == f"{step:08d}" else None
 
     def mistakes(self, *, masks: bool, continues: bool) -> list[str]:
         """What does not go together.

@@ -49,14 +49,14 @@ def test_best_of_none_measured_is_none() -> None:
     assert best_of([]) is None
 
 
-def _make(run_dir: Path, step: int, knn: float | None) -> None:
+def _make(run_dir: Path, step: int, knn: float | None, **checkpoint: object) -> None:
     folder = run_dir / "checkpoints" / f"step_{step:08d}"
     folder.mkdir(parents=True)
     state = {
         "saved_at": "then",
         "progress": {"knn_top1": knn},
         "plan": {"world_size": 4},
-        "config": {"engine": {"zero_stage": 3}},
+        "config": {"engine": {"zero_stage": 3}, "checkpoint": checkpoint},
     }
     (folder / "state.json").write_text(json.dumps(state))
 
@@ -73,6 +73,13 @@ def test_prune_reads_accuracies_from_the_checkpoints_themselves(tmp_path: Path) 
         *((3, 95.0), (4, None), (5, None)),
     ]
     assert leftovers(tmp_path) == []
+
+
+def test_steps_that_the_run_names_stay(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        _make(tmp_path, step, None, keep_steps=[2])
+    deleted = prune(tmp_path, Keep(last=1), written=checkpoints(tmp_path)[-1])
+    assert [path.name for path in deleted] == ["step_00000001", "step_00000003"]
 
 
 def test_the_checkpoint_just_written_stays_beside_later_steps(tmp_path: Path) -> None:

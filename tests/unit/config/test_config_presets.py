@@ -278,7 +278,7 @@ def test_vit_b_of_dinov3_takes_from_other_presets_what_it_says() -> None:
     ]
     for before, after, changes in zip(seven, ours, of_phases, strict=True):
         found = _changes(before, after)
-        of_size = ("engine.", "checkpoint.keep_every")  # of the machines, not of the recipe
+        of_size = ("engine.", "checkpoint.keep_")  # of the machines, not of the recipe
         assert {k: v for k, v in found.items() if not k.startswith(of_size)} == everywhere | changes
     assert seven[2].of_sizes[0].crops == ours[2].crops
     same_images = recipe.model_copy(update={"train": ours[0].train})
