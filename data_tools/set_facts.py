@@ -71,6 +71,7 @@ class SetFacts:
         mean: of each channel in 0..1, each picture counting the same; gray pictures have three.
         std: likewise.
         classes: number of class folders or labels; 0 for none.
+        alike: paths of two images of the sample that look alike, of most copies; empty for none.
     """
 
     spec: str
@@ -88,6 +89,7 @@ class SetFacts:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     classes: int
+    alike: tuple[str, ...] = ()
 
 
 def look_at(spec: str, *, images: int = SAMPLE, workers: int) -> SetFacts:
@@ -122,6 +124,10 @@ def look_at(spec: str, *, images: int = SAMPLE, workers: int) -> SetFacts:
     moments = np.array([moment for block in found for moment in block["moments"]])  # (n, 2, C)
     mean, square = moments.mean(axis=0)
     labels = source.labels
+    rows = [row for block in found for row in block["rows"]]
+    places = [place for block in found for place in block["places"]]  # of the rows
+    groups = _alike(rows)
+    largest = max(groups, key=len, default=[])
     return SetFacts(
         spec=spec,
         images=len(source),
@@ -134,10 +140,11 @@ def look_at(spec: str, *, images: int = SAMPLE, workers: int) -> SetFacts:
         colorless=sum(block["colorless"] for block in found) / len(sides),
         max_pixel_value=white,
         mixed_scales=mixed,
-        copies=_copies([row for block in found for row in block["rows"]]),
+        copies=sum(len(group) - 1 for group in groups),
         mean=tuple(round(float(value), 4) for value in mean),
         std=tuple(round(float(value), 4) for value in np.sqrt(np.maximum(square - mean**2, 0))),
         classes=0 if labels is None else len(np.unique(labels[labels >= 0])),
+        alike=tuple(source.path(places[row]) for row in largest[:2]),
     )
 
 
@@ -227,7 +234,8 @@ def _numbers(pixels: NDArray[Any]) -> _Numbers | None:
 
 def _examine(source: Source, ids: NDArray[np.int64]) -> Json:
     """Short sides, moments and looks of a block of images."""
-    found: dict[str, Any] = {"bad": 0, "colorless": 0, "sides": [], "moments": [], "rows": []}
+    found: dict[str, Any] = {"bad": 0, "colorless": 0, "sides": [], "moments": []}
+    found |= {"rows": [], "places": []}
     for index in ids.tolist():
         try:
             pixels = source.picture(index).pixels()  # (H, W, C)
@@ -240,6 +248,7 @@ def _examine(source: Source, ids: NDArray[np.int64]) -> Json:
         if pixels.shape[-1] in (1, 3):
             spread = pixels.max(axis=-1).astype(int) - pixels.min(axis=-1)
             found["colorless"] += bool(np.percentile(spread, 99) <= _COLORLESS)
+            found["places"].append(index)
             found["rows"].append(_row(np.broadcast_to(pixels, (*pixels.shape[:2], 3))))
     return found
 
@@ -252,14 +261,14 @@ def _row(pixels: NDArray[np.uint8]) -> NDArray[np.void]:
     return row
 
 
-def _copies(listed: list[NDArray[np.void]]) -> int:
-    """How many look like an earlier one."""
+def _alike(listed: list[NDArray[np.void]]) -> list[list[int]]:
+    """Groups of two or more that look alike, by their places in the list."""
     if not listed:
-        return 0
+        return []
     rows = np.array(listed, dtype=_ROW)
     ids, groups = np.flatnonzero(rows["hashed"]), Groups(len(rows))
     for places in close_pairs(rows["hash"][ids], radius=_RADIUS):
         for one, other in ids[places].tolist():
             if look_alike(rows, one, np.array([other]), radius=_RADIUS).all():
                 groups.join(one, other)
-    return sum(len(group) - 1 for group in groups.of_several())
+    return groups.of_several()

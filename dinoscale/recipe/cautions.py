@@ -53,41 +53,47 @@ def cautions(
     return [*found, *_cautions_of_channels(facts, card), *_cautions_of_labels(facts)]
 
 
-def copies_of_the_set(facts: SetFacts) -> tuple[float, float, float]:
-    """Share of copies in the whole set, and an interval of about 95 %.
+def least_share_of_copies(facts: SetFacts) -> float:
+    """Share of copies that the whole set has at least, with a confidence of about 97 %.
 
-    A copy shows only if its original is in the sample, too. A pair of N images is with n of them
-    with probability n (n - 1) / (N (N - 1)), so that c pairs stand for c N (N - 1) / (n (n - 1)).
-    The interval is that of a Poisson number, c + 2 -+ 2 sqrt(c + 1). Many copies of one image make
-    more pairs than copies: then the estimate is too high, and ends at 1.
+    A copy shows only if its original is in the sample, too, so that c copies among n images are
+    fewer than in the set: hardly where many are of one image, such as a placeholder, and by far
+    where each has one copy. Which it is, few images do not tell. So this is c / n, with the lower
+    end of the interval of a Poisson number, c + 2 - 2 sqrt(c + 1), for c.
     """
-    read, whole = facts.sample - facts.unreadable, facts.images
-    if facts.sample == whole or read < 2:
-        return (facts.copies / max(read, 1),) * 3
-    each = (whole - 1) / (read * (read - 1))  # share of the set that a pair stands for
-    middle, spread = facts.copies + 2, 2 * math.sqrt(facts.copies + 1)
-    low, high = (min(pairs * each, 1.0) for pairs in (middle - spread, middle + spread))
-    return min(facts.copies * each, 1.0), low, high
+    read = max(facts.sample - facts.unreadable, 1)
+    if facts.sample == facts.images:
+        return facts.copies / read
+    return (facts.copies + 2 - 2 * math.sqrt(facts.copies + 1)) / read
 
 
 def _cautions_of_copies(facts: SetFacts) -> list[str]:
-    if facts.channels not in (1, 3):
+    read, whole = facts.sample - facts.unreadable, facts.images
+    if facts.channels not in (1, 3) or read < 2:
         return []  # they are looked for in gray and RGB alone
-    share, low, high = copies_of_the_set(facts)
     command = f"`dinoscale data deduplicate {shlex.quote(facts.spec)}`"
-    if share > _COPIES:
-        whole = f"about {share:.0%} of the whole set are copies ({low:.0%} to {high:.0%})"
-        if facts.sample == facts.images:
-            whole = "all were looked at"
+    # A pair of N images is with n of them with probability n (n - 1) / (N (N - 1)). The share of
+    # the set that a pair of the sample stands for, if no image has more than one copy:
+    each = (whole - 1) / (read * (read - 1))
+    if facts.copies * each > _COPIES:
+        such = f", such as {' and '.join(map(shlex.quote, facts.alike))}" if facts.alike else ""
+        if facts.sample == whole:
+            share = "all were looked at"
+        else:
+            share = (
+                f"of the whole set at least {100 * least_share_of_copies(facts):.2g} % are copies"
+            )
+            share += ", and far more if most are of different images, as few are here together"
         return [
-            f"{facts.copies} of {facts.sample} images look like another one of them; {whole}: see"
-            f" {command}."
+            f"{facts.copies} of {facts.sample} images look like another one of them{such}; {share}:"
+            f" see {command}."
         ]
-    if high > _UNSEEN:
-        enough = math.ceil(math.sqrt(4 * facts.images / _UNSEEN) / 1000) * 1000
-        enough = min(enough, facts.images)
+    # None: of a Poisson number, up to 4 may be expected.
+    if facts.copies == 0 and facts.sample < whole and 4 * each > _UNSEEN:
+        enough = math.ceil(math.sqrt(4 * whole / _UNSEEN) / 1000) * 1000
+        enough = min(enough, whole)
         return [
-            f"{facts.sample} of {facts.images:,} images do not show copies, of which there may be"
+            f"{facts.sample} of {whole:,} images do not show copies, of which there may be"
             f" many: look at more (--images {enough}), or see {command}."
         ]
     return []
