@@ -92,10 +92,13 @@ def _buffer(name: str, length: int) -> Tensor:
 
 def test_damaged_files_are_refused(published: Path) -> None:
     state = torch.load(published, weights_only=True)
+    width = state["cls_token"].shape[-1]
+    periods = _buffer("periods", width // 4 - 1)
     for change, message in (
         ({"blocks.0.mlp.w2.weight": None}, "lacks the other factor"),
         ({"blocks.0.attn.qkv.bias_mask": torch.ones(192)}, "masks another part"),
         ({"patch_embed.proj.weight": None}, "no ViT of DINOv3"),
+        ({"rope_embed.periods": periods}, f"no multiple of the {width - 4} channels of a head"),
     ):
         damaged = {**state, **change}
         torch.save({k: v for k, v in damaged.items() if v is not None}, published)

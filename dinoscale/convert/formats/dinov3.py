@@ -136,7 +136,12 @@ def rotary_shape(
     except (KeyError, ValueError, IndexError) as error:
         raise CheckpointError("has rotary positions, but is no ViT of DINOv3") from error
     if head_dim is not None:
-        num_heads = embed_dim // head_dim or 1
+        num_heads, rest = divmod(embed_dim, head_dim)
+        if rest:
+            raise CheckpointError(
+                f"is {embed_dim} wide, which is no multiple of the {head_dim} channels of a head "
+                "that its rotary positions show"
+            )
     elif not num_heads:
         num_heads = guess_heads(embed_dim, head_dim=_HEAD_DIMS.get(embed_dim, HEAD_DIM))
     gated = has_gated_mlp(state)
