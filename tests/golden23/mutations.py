@@ -34,7 +34,11 @@ class Mistake(NamedTuple):
     generation: str = "dinov2"
 
 
-_TEACHER = "dinoscale.engine.teacher"
+_TEACHER, _GRAM = "dinoscale.engine.teacher", "dinoscale.engine.frozen.gram"
+_HOOK = (
+    "seen = []; hook = self.backbone.norm.register_forward_pre_hook(lambda _, x: seen.append(x[0]))"
+)
+_BEFORE_NORM = "seen[0][-{0}.shape[:2].numel() :].view({0}.shape)"  # the last rows are patches
 MISTAKES = (
     Mistake("none", (_TEACHER, "Teacher.begin"), (), "A", 1),
     Mistake("none", (_TEACHER, "Teacher.begin"), (), "B", 2),
@@ -173,6 +177,62 @@ MISTAKES = (
         1,
         "dinov3",
     ),
+    Mistake("none with a Gram network", (_TEACHER, "Teacher.begin"), (), "C", 1, "dinov3"),
+    Mistake(
+        "Gram of the student's patches before the final norm",
+        ("dinoscale.models.network", "DinoNetwork.forward"),
+        (
+            ("tokens, every =", f"{_HOOK}; tokens, every ="),
+            ("of_patches(every)", f"of_patches({_BEFORE_NORM.format('every')}); hook.remove()"),
+        ),
+        "C",
+        1,
+        "dinov3",
+    ),
+    Mistake(
+        "Gram of the Gram network's patches before the final norm",
+        ("dinoscale.models.network", "TokenNetwork.forward"),
+        (
+            ("tokens, patches =", f"{_HOOK}; tokens, patches ="),
+            (
+                "return tokens, patches",
+                f"hook.remove(); return tokens, {_BEFORE_NORM.format('patches')}",
+            ),
+        ),
+        "C",
+        1,
+        "dinov3",
+    ),
+    Mistake(
+        "Gram crops with colors changed",
+        (_GRAM, "GramNetwork.features"),
+        (("tokens(batch.gram_crops", "tokens(1.2 * batch.gram_crops"),),  # in contrast
+        "C",
+        1,
+        "dinov3",
+    ),
+    Mistake(  # as a gradient moves it, which two things keep away: no_grad, and the loss's backward
+        "a Gram network that trains between refreshes",
+        (_GRAM, "GramNetwork.update"),
+        (
+            (
+                "if refreshes_after",
+                "[x.lerp_(y, 0.01) for x, y in zip(self.backbone.own, ema) if x is not None]\n"
+                "    if refreshes_after",
+            ),
+        ),
+        "C",
+        1,
+        "dinov3",
+    ),
+    Mistake(
+        "refresh of the Gram network a step early",
+        (_GRAM, "refreshes_after"),
+        (("(step + 1) % every == 0", "(step + 2) % every == 0"),),
+        "C",
+        1,
+        "dinov3",
+    ),
 )
 
 
@@ -213,8 +273,9 @@ def _first_difference(mistake: Mistake, of_ranks: list[dict[str, Any]]) -> str:
     """What the comparison says; empty if it finds nothing."""
     way = _way(mistake)
     record, bounds = joined(of_ranks, way), BOUNDS[way.generation]
+    expected = way.run.record() if way.run.gram else expected_of(way.run)
     try:
-        require(record, renamed(expected_of(way.run)), bounds, label=way.run.name)
+        require(record, renamed(expected), bounds, label=way.run.name)
     except AssertionError as error:
         return str(error)
     return ""
