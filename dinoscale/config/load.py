@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 from dinoscale.config.layers import Layers
 from dinoscale.config.mistakes import kinds, sections, sentences, show
 from dinoscale.config.renamed import with_new_names
+from dinoscale.config.same_network import require_same_network
 from dinoscale.config.schema import RunConfig
 from dinoscale.config.secrets import hide_secrets
 from dinoscale.config.sections.training import PhaseConfig
@@ -29,12 +30,6 @@ from dinoscale.runtime.outputs import PHASES
 
 _COMMAND_LINE = "command line"
 _OF_A_PHASE = "phases."
-_CARRIED = ("model", "head", "patch_head", "lora")  # sections that say which tensors there are
-# Of these sections, but no tensor depends on them.
-_MAY_CHANGE = (
-    *("drop_path_rate", "drop_path_uniform", "drop_path_mode"),
-    *("position_resize", "rope", "norm_eps"),
-)
 _QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
 _MORE_THAN_A_LIST = re.compile(r"\s*\[[^\[\]{}'\"]*\]\s*[^\s#]")  # a path such as [a]/x
 _MARKS = ("versions.json", "job.json")  # in every run directory, and in that of a sweep's run
@@ -413,7 +408,7 @@ def _run_of(
         lines = [f"phases.{phase.name}.{text}" for _, text in sentences(error.errors())]
         raise ConfigError("\n".join(lines)) from None
     if before is not None:
-        _require_same_network(phase.name, before, run)
+        require_same_network(phase.name, before, run)
         _require_gram_network(phase, before, run)
     return run
 
@@ -453,17 +448,6 @@ def _beginning(phase: PhaseConfig, before: RunConfig | None) -> dict[str, dict[s
     }
 
 
-def _require_same_network(name: str, before: RunConfig, run: RunConfig) -> None:
-    """Refuse a phase with other tensors than the one before, whose weights it takes."""
-    then, now = _tensors(before), _tensors(run)
-    for key in sorted(then.keys() | now.keys()):
-        if then.get(key) != now.get(key):
-            raise ConfigError(
-                f"phases.{name}.{key}: {now.get(key)} here and {then.get(key)} in the phase "
-                "before, whose weights this one takes; give both the same"
-            )
-
-
 def _require_gram_network(phase: PhaseConfig, before: RunConfig, run: RunConfig) -> None:
     """Refuse a Gram loss that would take over the Gram network of a phase that has none."""
     if not run.gram.loss_weight or run.gram.steps_without is not None or before.gram.loss_weight:
@@ -485,23 +469,3 @@ def _require_earlier_teacher(name: str, run: RunConfig, earlier: Sequence[RunCon
             f"phases.{name}.gram.teacher: {run.gram.teacher} is not in the folder of an earlier "
             f"phase of this run ({known}); give one of these, or other weights"
         )
-
-
-def _tensors(config: RunConfig) -> dict[str, Any]:
-    """Settings by dotted key that decide which tensors the networks have."""
-    found: dict[str, Any] = {"data.channels": config.data.channels}
-    for section in _CARRIED:
-        values = getattr(config, section)
-        if values is None:
-            found[section] = None
-            continue
-        found |= {
-            f"{section}.{key}": value
-            for key, value in values.model_dump().items()
-            if key not in _MAY_CHANGE
-        }
-    for key in ("name", "trained_blocks"):  # whose moments, of which tensors, go on
-        found[f"optim.{key}"] = getattr(config.optim, key)
-    found["model.rope"] = "rotary positions" if config.model.rope else "learned positions"
-    found["ibot.loss_weight"] = "a patch loss" if config.ibot.loss_weight else "none"
-    return found
