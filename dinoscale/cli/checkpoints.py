@@ -55,8 +55,8 @@ def add_checkpoints(commands: SubCommands) -> None:
         "prune",
         help="delete checkpoints, but never the newest undamaged one",
         description="Delete all checkpoints except those that the options keep: by default the"
-        " newest, and the best by k-NN accuracy. Files are verified first; damaged checkpoints are"
-        " left alone and do not count as kept.",
+        " newest, and the best by k-NN accuracy. Those of checkpoint.keep_steps stay, too. Files"
+        " are verified first; damaged checkpoints are left alone and do not count as kept.",
     )
     prune.add_argument("run_dir", metavar="RUN", help="run directory")
     prune.add_argument(
