@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.recipes --data FOLDER
 
-FOLDER holds `cifar10/`, `imagenette224/`, `ecssd-masks/` and `odd-images/` as tar shards and files.
+FOLDER holds `cifar10/`, `imagenette224/`, `ecssd-masks/`, `davis-video/` and `odd-images/` as tar
+shards and files.
 Each set gets a preset from scratch; what that has trained is the weights from which the second
 preset goes on, in its two phases. Only what makes a run small is changed: width and depth of the
 network and of the heads, the images of a step, and from scratch the steps that are taken, going on
@@ -55,7 +56,7 @@ class Set(NamedTuple):
 
 
 def sets_in(folder: Path, scratch: Path) -> list[Set]:
-    """The four sets; compressed shards are unpacked to `scratch`."""
+    """The sets; compressed shards are unpacked to `scratch`."""
     for packed in sorted((folder / "cifar10").glob("train-*.tar.gz")):
         with gzip.open(packed) as source, (scratch / packed.stem).open("wb") as target:
             shutil.copyfileobj(source, target)
@@ -63,6 +64,10 @@ def sets_in(folder: Path, scratch: Path) -> list[Set]:
         Set("CIFAR-10", f"{scratch}/train-{{000..007}}.tar"),
         Set("Imagenette, 224 pixels", f"{folder}/imagenette224/train-{{000..007}}.tar"),
         Set("ECSSD, 120 photographs", f"{folder}/ecssd-masks/all-000.tar"),
+        Set(
+            "DAVIS, 80 frames of two videos",
+            f"{folder}/davis-video/{{car-shadow,motocross-jump}}.tar",
+        ),
         Set("odd images that load", f"{folder}/odd-images/loads"),
     ]
 
@@ -117,7 +122,7 @@ def last_line(done: subprocess.CompletedProcess[str]) -> str:
 def main() -> int:
     """Train both presets of every set."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder of the four sets")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the sets")
     parser.add_argument("--only", default="", help="a part of a set's name")
     options = parser.parse_args()
     folder, failed = options.data.resolve(), False

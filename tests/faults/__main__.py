@@ -26,7 +26,10 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20, metavar="N")
     parser.add_argument("--stage", type=int, default=2, choices=range(4), help="ZeRO stage")
     parser.add_argument(
-        "--objective", default="dino", choices=OBJECTIVES, help="DINO, or DINOv2 by its targets"
+        "--objective",
+        default="dino",
+        choices=OBJECTIVES,
+        help="DINO, DINOv2 by its targets, or adapters (stages 0 to 2) beside weights of a run",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="R", help="of the moments")
     options = parser.parse_args()

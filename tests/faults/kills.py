@@ -47,6 +47,7 @@ OBJECTIVES: dict[str, Mapping[str, dict[str, Any]]] = {  # changes of the config
         gram={"loss_weight": 1.0, "refresh_every_steps": 4, "first_refresh_step": 5},
     ),
     "centering": dinov2("centering", patch_head=False),
+    "adapters": {"lora": {"rank": 2}, "anchor": {"class_weight": 1.0}},  # of the weights of a run
 }
 
 
@@ -132,6 +133,8 @@ def run_kills(folder: Path, *, kills: int, stage: int, seed: int, objective: str
     """
     epochs = 2 + 3 * kills * _STEPS_PER_START * BATCH // (2 * IMAGES)  # kills come late
     sections = OBJECTIVES[objective]
+    if objective == "adapters":
+        sections = {**sections, "train": {"init_from": str(_source(folder, stage=stage))}}
     broken = write_config(folder / "broken", stage=stage, epochs=epochs, **sections)
     tally, run_dir, left = Tally(), broken.parent / "run", list[_Left]()
     for moment in moments(kills, seed):
@@ -153,6 +156,13 @@ def run_kills(folder: Path, *, kills: int, stage: int, seed: int, objective: str
     if result.step != last or not result.same_as(whole.parent / "run"):
         tally.bit_identical = 0  # whatever held in between, the result is another
     return tally
+
+
+def _source(folder: Path, *, stage: int) -> Path:
+    """A run whose weights others begin with."""
+    config = write_config(folder / "source", stage=stage, epochs=1)
+    assert RunProcesses(config, "train.stop_after_steps=3").end() == [0] * RANKS
+    return config.parent / "run"
 
 
 def _run_until(config: Path, moment: Moment) -> None:

@@ -33,7 +33,7 @@ from tests.ports import free_port
 RANKS = 2
 IMAGES, BATCH = 128, 8  # 16 steps an epoch
 _NUMBERS = ("loss", "teacher_entropy", "grad_norm")
-_TERMS = ("dino_loss", "ibot_loss", "koleo_loss", "gram_loss")
+_TERMS = ("dino_loss", "ibot_loss", "koleo_loss", "gram_loss", "anchor_class_loss")
 
 
 def write_config(folder: Path, *, stage: int, epochs: int, **changes: dict[str, Any]) -> Path:
