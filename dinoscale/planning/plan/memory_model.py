@@ -201,14 +201,20 @@ def _gram_forward(dims: Dims, setup: Setup) -> Terms:
     """The Gram network's widest layer, once the targets are there."""
     if not dims.gram_size:
         return {}
-    s, images = setup.weight_bytes, setup.micro_batch_size
-    pixels = s * images * dims.gram_pixels if setup.bf16 else 0
-    inputs = 2 * s * images * dims.gram_tokens * dims.embed_dim  # of the block and of its MLP
+    activations = _frozen_forward(dims, setup, pixels=dims.gram_pixels, tokens=dims.gram_tokens)
     return {
-        "activations": pixels + inputs + _widest(dims, setup, tokens=dims.gram_tokens),
+        "activations": activations,
         "loss": _targets(dims, setup),
         "buffers": _gathered(dims, setup, during="teacher"),
     }
+
+
+def _frozen_forward(dims: Dims, setup: Setup, *, pixels: int, tokens: int) -> float:
+    """Activations of a frozen backbone's widest layer, over so many pixels and tokens an image."""
+    s, images = setup.weight_bytes, setup.micro_batch_size
+    pictures = s * images * pixels if setup.bf16 else 0
+    inputs = 2 * s * images * tokens * dims.embed_dim  # of the block and of its MLP
+    return pictures + inputs + _widest(dims, setup, tokens=tokens)
 
 
 def _gram_kept(dims: Dims, setup: Setup) -> float:
@@ -218,9 +224,14 @@ def _gram_kept(dims: Dims, setup: Setup) -> float:
     """
     if not dims.gram_size:
         return 0
+    return _patches_kept(dims, setup, loss_bytes=3 * FP32)
+
+
+def _patches_kept(dims: Dims, setup: Setup, *, loss_bytes: int) -> float:
+    """What a loss on patches keeps of the student's, with its own bytes a scalar."""
     scalars = setup.micro_batch_size * dims.global_patches * dims.embed_dim
     own = 2 * setup.weight_bytes + (FP32 if setup.bf16 else 0)
-    return scalars * (3 * FP32 + own)
+    return scalars * (loss_bytes + own)
 
 
 def _gram_features(dims: Dims, setup: Setup) -> float:
@@ -236,11 +247,9 @@ def _anchor_forward(dims: Dims, setup: Setup) -> Terms:
     """The anchor's widest layer over the global crops, once the other targets are there."""
     if not dims.anchor:
         return {}
-    s, images = setup.weight_bytes, setup.micro_batch_size
-    pixels = s * images * dims.global_pixels if setup.bf16 else 0
-    inputs = 2 * s * images * dims.global_tokens * dims.embed_dim  # of the block and of its MLP
+    pixels, tokens = dims.global_pixels, dims.global_tokens
     return {
-        "activations": pixels + inputs + _widest(dims, setup, tokens=dims.global_tokens),
+        "activations": _frozen_forward(dims, setup, pixels=pixels, tokens=tokens),
         "loss": _targets(dims, setup) + _gram_features(dims, setup),
         "buffers": _gathered(dims, setup, during="teacher"),
     }
@@ -253,9 +262,7 @@ def _anchor_kept(dims: Dims, setup: Setup) -> float:
     """
     if not dims.anchored_patches:
         return 0
-    scalars = setup.micro_batch_size * dims.global_patches * dims.embed_dim
-    own = 2 * setup.weight_bytes + (FP32 if setup.bf16 else 0)
-    return scalars * (FP32 + own)
+    return _patches_kept(dims, setup, loss_bytes=FP32)
 
 
 def _anchor_features(dims: Dims, setup: Setup) -> float:
