@@ -47,6 +47,14 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return sorted((path for path in found if named_step(path) is not None), key=_order)
 
 
+def not_resumed(run_dir: Path) -> str:
+    """Why a run that may not resume does not start where there is one."""
+    return (
+        f"{run_dir} already holds a run and resume is false; choose another run_dir, or delete that"
+        " one"
+    )
+
+
 def run_with_checkpoints(run_dir: Path) -> Path:
     """The directory itself; of a run of several phases, that of its last one with a checkpoint.
 

@@ -12,7 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-from dinoscale.checkpoint.layout import checkpoints, directory, named_step, phase_directories
+from dinoscale.checkpoint.layout import (
+    checkpoints,
+    directory,
+    named_step,
+    not_resumed,
+    phase_directories,
+)
 from dinoscale.checkpoint.next_phase import NextPhase, end_of_phase, find_next_phase
 from dinoscale.config import RunConfig
 from dinoscale.config.resolve import RunPlan
@@ -42,10 +48,7 @@ def require_own_directory(config: RunConfig, runs: Sequence[RunConfig]) -> None:
             f"{remedy}; train.continue_from goes on where another run stands"
         )
     if config.phases and not config.resume and any(checkpoints(Path(run.run_dir)) for run in runs):
-        raise ConfigError(
-            f"run_dir: {run_dir} already holds a run and resume is false; choose another run_dir,"
-            " or delete that one"
-        )
+        raise ConfigError(f"run_dir: {not_resumed(run_dir)}")
     own = {Path(run.run_dir).name for run in runs} if config.phases else set()
     for folder in phase_directories(run_dir):
         if folder.name not in own and checkpoints(folder):

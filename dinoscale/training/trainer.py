@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from dinoscale.checkpoint.layout import checkpoints
+from dinoscale.checkpoint.layout import checkpoints, not_resumed
 from dinoscale.checkpoint.load import Checkpoint
 from dinoscale.checkpoint.next_phase import phase_before
 from dinoscale.cluster.agreement import (
@@ -337,10 +337,7 @@ def _begin_gram(
 
 def _require_new(run_dir: Path) -> None:
     if checkpoints(run_dir):
-        raise ConfigError(
-            f"run_dir: {run_dir} already holds a run and resume is false;"
-            " choose another run_dir, or delete that one"
-        )
+        raise ConfigError(f"run_dir: {not_resumed(run_dir)}")
 
 
 def _measured_sets(

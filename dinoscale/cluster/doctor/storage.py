@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from dinoscale.checkpoint.layout import checkpoints
+from dinoscale.checkpoint.layout import checkpoints, not_resumed
 from dinoscale.checkpoint.next_phase import find_next_phase
 from dinoscale.cluster.doctor.marker import RunDirFacts, look_for, remove_marker, write_marker
 from dinoscale.cluster.doctor.report import Check, ok, problem, size_text, warning
@@ -122,11 +122,7 @@ def check_resume(config: RunConfig) -> Check:
     except UnreadableError as error:
         return problem("resume", str(error))
     if present and not config.resume:
-        return problem(
-            "resume",
-            f"{config.run_dir} already holds a run and resume is false; choose another run_dir,"
-            " or delete that one",
-        )
+        return problem("resume", not_resumed(Path(config.run_dir)))
     if own:
         return ok("resume", f"continues from {own[-1]}")
     if present:
