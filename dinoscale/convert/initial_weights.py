@@ -35,7 +35,7 @@ from dinoscale.models.resnet import ResNet50
 from dinoscale.models.vit import VisionTransformer
 from dinoscale.models.weight_names import from_reference
 from dinoscale.runtime import distributed
-from dinoscale.runtime.outputs import PHASES
+from dinoscale.runtime.outputs import is_phase
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def initial_weights_caution(config: RunConfig, then: Mapping[str, Any]) -> str |
     """
     train, here = then.get("train", {}), config.train
     before = train.get("init_from"), bool(train.get("init_head", False))
-    if before == (here.init_from, here.init_head) or _is_phase(here.init_from):
+    if before == (here.init_from, here.init_head) or is_phase(Path(here.init_from or "")):
         return None
     return (
         f"train.init_from={here.init_from or 'null'} with init_head={here.init_head} is not read:"
@@ -99,10 +99,6 @@ def initial_weights_caution(config: RunConfig, then: Mapping[str, Any]) -> str |
         " checkpoint; to begin with other weights, choose another run_dir, or move"
         f" {config.run_dir}/checkpoints away"
     )
-
-
-def _is_phase(path: str | None) -> bool:
-    return path is not None and Path(path).parent.name == PHASES
 
 
 def read_gram_weights(

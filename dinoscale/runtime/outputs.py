@@ -35,11 +35,16 @@ _BLOCK_BYTES = 1 << 20
 _MAX_CARD_BYTES = 16 * 2**20  # real ones have some kilobytes
 
 
+def is_phase(run_dir: Path) -> bool:
+    """Whether a run directory is that of a phase, by where it lies."""
+    return run_dir.parent.name == PHASES
+
+
 def run_name(run_dir: Path) -> str:
     """What people call a run: the name of its directory; of a phase, that of the run before it."""
     path = run_dir.resolve()
     run = path.parent.parent.name
-    return f"{run}/{path.name}" if path.parent.name == PHASES else path.name
+    return f"{run}/{path.name}" if is_phase(path) else path.name
 
 
 def require_ours(path: Path, *, source: object = None) -> None:

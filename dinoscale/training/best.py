@@ -17,7 +17,7 @@ from dinoscale.convert.conversion import convert
 from dinoscale.errors import CheckpointError, DinoscaleError, RunFailedError, UnreadableError
 from dinoscale.runtime import distributed
 from dinoscale.runtime.opening import on_first_rank
-from dinoscale.runtime.outputs import BEST_WEIGHTS, PHASES
+from dinoscale.runtime.outputs import BEST_WEIGHTS, is_phase
 from dinoscale.training.hooks.events import Events
 from dinoscale.training.hooks.guard import end_text, fall_text
 
@@ -105,7 +105,7 @@ def warn_of_old_weights(config: RunConfig) -> None:
 
 def _whole_run(run_dir: Path) -> Path:
     """Directory of the run that a phase is of; of another run, its own."""
-    return run_dir.parent.parent if run_dir.parent.name == PHASES else run_dir
+    return run_dir.parent.parent if is_phase(run_dir) else run_dir
 
 
 def export_best(

@@ -13,7 +13,7 @@ from dinoscale.config import RunConfig
 from dinoscale.engine.teacher import Teacher
 from dinoscale.errors import UnreadableError
 from dinoscale.runtime import distributed
-from dinoscale.runtime.outputs import PHASES
+from dinoscale.runtime.outputs import is_phase
 from dinoscale.training.due import Due
 from dinoscale.training.hooks.events import Events
 from dinoscale.training.hooks.guard import fall_text, judge, new_start_text, starts
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 def _carried(config: RunConfig, held_out: HeldOut) -> Guarded | None:
     """What the run before knows of the guard, on rank 0; see `Measurements.carry_over`."""
     before = config.train.continue_from
-    if before is None and Path(config.train.init_from or "").parent.name == PHASES:
+    if before is None and is_phase(Path(config.train.init_from or "")):
         before = config.train.init_from
     if before is None or distributed.rank() != 0:
         return None
