@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinoscale.convert.card import BackboneCard, BackboneShape
 from dinoscale.convert.conversion import convert
@@ -26,19 +26,12 @@ from dinoscale.models._torchvision import ensure_torchvision
 from dinoscale.models.rope import Rope
 from dinoscale.models.vit import VisionTransformer
 from dinoscale.models.zoo import build_backbone
+from tests.unit.convert.scattered import scatter
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 PIXELS = ((32, 32), (56, 56), (24, 40))
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-
-
-def _scatter(model: nn.Module) -> None:
-    """Weights far from their initial values, in which biases are 0 and norms 1."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.1)
 
 
 def _assert_same_tokens(path: Path, model: Any, **options: Any) -> None:
@@ -71,7 +64,7 @@ def test_timms_own_folders_are_read(tmp_path: Path, name: str) -> None:
 
     changed = {**SIZES, "rope_temperature": 50.0, "num_reg_tokens": 2, "num_classes": 5}
     model = timm.create_model(name, **changed).eval()
-    _scatter(model)
+    scatter(model)
     save_for_hf(model, tmp_path, safe_serialization=True)
     weights = read_source(tmp_path)
     assert (weights.kind, sorted(weights.left_out)) == ("timm", ["head.bias", "head.weight"])
@@ -93,7 +86,7 @@ def test_transformers_own_folders_are_read(tmp_path: Path, gated: bool, biases: 
         **has,
     )
     model = transformers.DINOv3ViTModel(config).eval()
-    _scatter(model)
+    scatter(model)
     model.save_pretrained(tmp_path)
     shape = read_source(tmp_path).card.backbone
     assert (shape.rope, shape.num_heads, shape.norm_eps) == (Rope(50.0), 2, 1e-5)
@@ -177,7 +170,7 @@ REFUSED = {
 def test_networks_of_ours_become_theirs_or_are_refused(tmp_path: Path, case: str) -> None:
     shape = BackboneShape(**{**SIZES, "rope": Rope(), **OWN[case]})
     backbone = build_backbone(**vars(shape)).eval()
-    _scatter(backbone)
+    scatter(backbone)
     card = BackboneCard(shape, (0.5,) * 3, (0.25,) * 3, resize=40, crop=32, source="a test")
     source = tmp_path / "ours.safetensors"
     save_backbone(source, backbone.state_dict(), card)

@@ -17,6 +17,7 @@ from dinoscale.convert.weights_file import build, load_backbone
 from dinoscale.errors import CheckpointError
 from dinoscale.models._torchvision import ensure_torchvision
 from dinoscale.models.vit import VisionTransformer
+from tests.unit.convert.scattered import scatter
 
 # Networks are compared in float64, where nothing but their arithmetic differs.
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).double()
@@ -25,20 +26,12 @@ SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_head
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
-def _scatter(model: nn.Module) -> None:
-    """Weights far from their initial values, in which biases are 0 and norms 1."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.1)
-
-
 def _timm(name: str = "vit_tiny_patch16_224", **changed: Any) -> nn.Module:
     ensure_torchvision()
     import timm
 
     model = timm.create_model(name, **{"num_classes": 5, **SIZES, **changed}).eval()
-    _scatter(model)
+    scatter(model)
     return model  # type: ignore[no-any-return]  # timm is not typed
 
 
@@ -244,7 +237,7 @@ def _transformers(folder: Path, *, classifier: bool = False, **settings: Any) ->
         "patch_size": 8,
     }
     model = (ViTForImageClassification if classifier else ViTModel)(ViTConfig(**sizes | settings))
-    _scatter(model)
+    scatter(model)
     model.eval().save_pretrained(folder)
     return model
 
@@ -281,7 +274,7 @@ def test_dinov2_folders_of_transformers_give_their_features(
         hidden_size=48, num_hidden_layers=2, num_attention_heads=3, image_size=32, patch_size=8
     )
     model = getattr(transformers, f"{kind}Model")(config).eval()
-    _scatter(model)
+    scatter(model)
     model.save_pretrained(tmp_path)
     if not told:  # by the names of the tensors, then
         (tmp_path / "config.json").unlink()
