@@ -22,13 +22,13 @@ def pixels_of_weights(card: BackboneCard, facts: SetFacts) -> list[Setting]:
             " layer is adapted; each channel gets the mean of theirs"
         )
         return _pixels(facts, channels=channels_of(facts), why=why)
-    found = [
+    return [
         Setting("data.channels", channels, "theirs"),
         Setting("data.mean", list(card.mean), "theirs: their first layer has learned with it"),
         Setting("data.std", list(card.std), "theirs"),
         *_color_ops(channels),
+        *_white(facts),
     ]
-    return found if facts.max_pixel_value is None else [*found, _white(facts.max_pixel_value)]
 
 
 def readable_as(channels: int, facts: SetFacts) -> bool:
@@ -47,7 +47,7 @@ def _pixels(facts: SetFacts, *, channels: int, why: str) -> list[Setting]:
     mean, std = list(facts.mean), list(facts.std)
     if channels == 1:
         mean, std = mean[:1], std[:1]
-    found = [
+    return [
         Setting("data.channels", channels, why),
         Setting("data.mean", mean, f"of {facts.sample - facts.unreadable} of the images"),
         Setting(
@@ -56,8 +56,8 @@ def _pixels(facts: SetFacts, *, channels: int, why: str) -> list[Setting]:
             "likewise" if min(std) >= LEAST_STD else "likewise, but at least a level of 255",
         ),
         *_color_ops(channels),
+        *_white(facts),
     ]
-    return found if facts.max_pixel_value is None else [*found, _white(facts.max_pixel_value)]
 
 
 def _color_ops(channels: int) -> list[Setting]:
@@ -81,5 +81,8 @@ def _why_channels(facts: SetFacts) -> str:
     return "as stored in most files"
 
 
-def _white(value: float) -> Setting:
-    return Setting("data.max_pixel_value", value, "white, by the highest pixel: check it")
+def _white(facts: SetFacts) -> list[Setting]:
+    if facts.max_pixel_value is None:
+        return []
+    why = "white, by the highest pixel: check it"
+    return [Setting("data.max_pixel_value", facts.max_pixel_value, why)]
