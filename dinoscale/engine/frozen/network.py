@@ -68,7 +68,9 @@ class FrozenBackbone:
         self._shapes = {name: student.shapes[name] for name in self._parameters}
         self.own = [self._view(fragment) for fragment in student.layout.fragments]
         pairs = zip(student.layout.fragments, self.own, strict=True)
-        self._held = [(fragment, view) for fragment, view in pairs if view is not None]
+        self._held = {
+            fragment.name: (fragment, view) for fragment, view in pairs if view is not None
+        }
 
     def _view(self, fragment: Fragment) -> Tensor | None:
         """A fragment's elements, at stage 3 in this rank's partition."""
@@ -108,14 +110,13 @@ class FrozenBackbone:
             weights: on rank 0, every tensor of the backbone by name, on the CPU; ignored on other
                 ranks.
         """
-        held = {fragment.name: (fragment, view) for fragment, view in self._held}
         for name, shape in self._shapes.items():
             value = torch.empty(shape)
             if weights is not None and distributed.rank() == 0:
                 value.copy_(weights[name.removeprefix(BACKBONE)])
             distributed.broadcast(value)
-            if name in held:
-                fragment, view = held[name]
+            if name in self._held:
+                fragment, view = self._held[name]
                 view.copy_(value.flatten().narrow(0, fragment.start, fragment.numel))
         self._share()
 
@@ -131,7 +132,7 @@ class FrozenBackbone:
         """
 
         def set_all() -> None:
-            for fragment, view in self._held:
+            for fragment, view in self._held.values():
                 view.copy_(read(fragment.name, fragment.start, fragment.numel))
 
         distributed.together(set_all)
@@ -142,11 +143,10 @@ class FrozenBackbone:
         if self._partitioned is not None:
             self._partitioned.forget_copies()
             return
-        held = {fragment.name: (fragment, view) for fragment, view in self._held}
         for name, parameter in self._parameters.items():
             whole = torch.zeros(parameter.shape, device=parameter.device)
-            if name in held:
-                fragment, view = held[name]
+            if name in self._held:
+                fragment, view = self._held[name]
                 whole.view(-1).narrow(0, fragment.start, fragment.numel).copy_(view)
             parameter.copy_(distributed.all_reduce_sum(whole))  # of zeros but for one rank
 
