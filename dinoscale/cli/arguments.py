@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 _CONFIG_HELP = "name of a preset (see `dinoscale presets`) or path of a YAML file"
 _OVERRIDE_HELP = "settings that override the file, for example optim.lr=1e-3"
+IMAGES_HELP = "an image, a folder, tar shards, or synthetic:..."
 LABELLED_HELP = "labelled images: a folder of class folders, tar shards, or synthetic:..."
 
 
@@ -92,6 +93,32 @@ def add_no_cache(task: argparse.ArgumentParser) -> None:
     task.add_argument("--no-cache", action="store_true", help="neither read nor cache features")
 
 
+def add_extraction(task: argparse.ArgumentParser, *, crop: str) -> None:
+    """Add how features of sets are extracted by all ranks; `crop` as of `add_sizes`."""
+    add_sizes(task, crop=crop)
+    add_batch_size(task)
+    add_num_workers(task, of_rank=" of each rank")
+    add_untrained(task)
+    add_no_cache(task)
+
+
+def add_whole_size(task: argparse.ArgumentParser, *, also: str = "") -> None:
+    """Add --size and --square of tasks on whole images; `also` ends the help of the size."""
+    says = f"short side of the images that the network sees, default 480{also}"
+    add_number(task, "--size", says, metavar="PIXELS")
+    task.add_argument(
+        "--square",
+        action="store_true",
+        help="squeeze images to squares, as in the reference's figures; default: keep their shape",
+    )
+
+
+def whole_size(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of a task on whole images, by `add_whole_size`."""
+    size = {} if options.size is None else {"size": options.size}
+    return {**size, "square": options.square}
+
+
 def load_options(options: argparse.Namespace) -> LoadOptions:
     """Which network to load, by the options of `add_weights`."""
     from dinoscale.evaluate.frozen_backbone import LoadOptions
@@ -100,12 +127,18 @@ def load_options(options: argparse.Namespace) -> LoadOptions:
 
 
 def extraction_options(options: argparse.Namespace, **more: Any) -> ExtractionOptions:
-    """Which network to load and how to extract features, by `add_weights`, `add_num_workers`."""
+    """Which network to load and how to extract features.
+
+    Args:
+        options: of `add_weights` and `add_num_workers`, maybe of `add_sizes` and `add_no_cache`.
+        more: `batch_size`, where --batch-size is that of forwards.
+    """
     from dinoscale.evaluate.frozen_backbone import ExtractionOptions
 
+    sizes = {name: getattr(options, name, None) for name in ("resize", "crop")}
     return ExtractionOptions(
         network=options.network,
         num_heads=options.num_heads,
         num_workers=options.num_workers,
-        **more,
+        **{**sizes, "cache": not getattr(options, "no_cache", False), **more},
     )

@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from dinoscale.cli.arguments import add_number, add_weights, load_options
+from dinoscale.cli.arguments import (
+    IMAGES_HELP,
+    add_number,
+    add_weights,
+    add_whole_size,
+    load_options,
+    whole_size,
+)
 
 if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
 
-_IMAGES_HELP = "an image, a folder, tar shards, or synthetic:..."
-_SIZE_HELP = "short side of the images that the network sees"
 _LIMIT_HELP = "the first N images only, default all"
-_SQUARE_HELP = "squeeze images to squares, as in the reference's figures; default: keep their shape"
 
 
 def add_dense(tasks: SubCommands) -> None:
@@ -35,11 +39,11 @@ def _add_attention(tasks: SubCommands) -> None:
         epilog="example: dinoscale evaluate attention weights.safetensors photos/ --out attention/",
     )
     add_weights(attention)
-    attention.add_argument("images", metavar="IMAGES", help=_IMAGES_HELP)
+    attention.add_argument("images", metavar="IMAGES", help=IMAGES_HELP)
     where = attention.add_mutually_exclusive_group(required=True)
     where.add_argument("sheet", nargs="?", metavar="OUT.png", help="write a sheet only")
     where.add_argument("--out", metavar="DIR", help="write files for every image")
-    _add_size(attention, also="; with OUT.png WEIGHTS' crop, at least 24 patches")
+    add_whole_size(attention, also="; with OUT.png WEIGHTS' crop, at least 24 patches")
     _add_mass(attention)
     add_number(attention, "--limit", _LIMIT_HELP)
     attention.set_defaults(run=_evaluate_attention)
@@ -60,14 +64,14 @@ def _add_segment(tasks: SubCommands) -> None:
         " --masks VOC2012/SegmentationObject",
     )
     add_weights(segment)
-    segment.add_argument("images", metavar="DATA", help=_IMAGES_HELP)
+    segment.add_argument("images", metavar="DATA", help=IMAGES_HELP)
     segment.add_argument(
         "--masks", metavar="DIR", help="masks named as the images; default: KEY.mask.png in DATA"
     )
     segment.add_argument(
         "--indexed", action="store_true", help="gray masks of 8 bits hold object numbers too"
     )
-    _add_size(segment)
+    add_whole_size(segment)
     _add_mass(segment)
     segment.add_argument(
         "--out", metavar="DIR", help="write a sheet of the best, median and worst images there"
@@ -85,9 +89,9 @@ def _add_pca(tasks: SubCommands) -> None:
         epilog="example: dinoscale evaluate pca weights.safetensors photos/ --out pca/",
     )
     add_weights(pca)
-    pca.add_argument("images", metavar="IMAGES", help=_IMAGES_HELP)
+    pca.add_argument("images", metavar="IMAGES", help=IMAGES_HELP)
     pca.add_argument("--out", required=True, metavar="DIR", help="folder to write into")
-    _add_size(pca)
+    add_whole_size(pca)
     pca.add_argument(
         "--foreground",
         action="store_true",
@@ -96,11 +100,6 @@ def _add_pca(tasks: SubCommands) -> None:
     pca.add_argument("--smooth", action="store_true", help="enlarge patches bilinearly")
     add_number(pca, "--limit", _LIMIT_HELP)
     pca.set_defaults(run=_evaluate_pca)
-
-
-def _add_size(task: argparse.ArgumentParser, *, also: str = "") -> None:
-    add_number(task, "--size", f"{_SIZE_HELP}, default 480{also}", metavar="PIXELS")
-    task.add_argument("--square", action="store_true", help=_SQUARE_HELP)
 
 
 def _add_mass(task: argparse.ArgumentParser) -> None:
@@ -128,7 +127,7 @@ def _evaluate_attention(options: argparse.Namespace) -> dict[str, Any]:
         mass=options.mass,
         limit=options.limit,
         options=load_options(options),
-        **_size(options),
+        **whole_size(options),
     )
 
 
@@ -143,7 +142,7 @@ def _evaluate_segment(options: argparse.Namespace) -> dict[str, Any]:
         mass=options.mass,
         out=options.out,
         options=load_options(options),
-        **_size(options),
+        **whole_size(options),
     )
 
 
@@ -158,10 +157,5 @@ def _evaluate_pca(options: argparse.Namespace) -> dict[str, Any]:
         smooth=options.smooth,
         limit=options.limit,
         options=load_options(options),
-        **_size(options),
+        **whole_size(options),
     )
-
-
-def _size(options: argparse.Namespace) -> dict[str, Any]:
-    size = {} if options.size is None else {"size": options.size}
-    return {**size, "square": options.square}

@@ -9,12 +9,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dinoscale.cli.arguments import (
-    add_batch_size,
+    add_extraction,
     add_labelled_sets,
-    add_no_cache,
-    add_num_workers,
-    add_sizes,
-    add_untrained,
     add_weights,
     extraction_options,
 )
@@ -135,14 +131,10 @@ def _add_knn(tasks: SubCommands) -> None:
     knn.add_argument(
         "--k", type=int, nargs="+", help="numbers of neighbours, default 10 20 100 200"
     )
-    add_sizes(knn, crop=" that the network sees")
-    add_batch_size(knn)
-    add_num_workers(knn, of_rank=" of each rank")
     knn.add_argument(
         "--pixels", action="store_true", help="also measure 16 x 16 pixels as features"
     )
-    add_untrained(knn)
-    add_no_cache(knn)
+    add_extraction(knn, crop=" that the network sees")
     knn.set_defaults(run=_evaluate_knn)
 
 
@@ -156,11 +148,5 @@ def _evaluate_knn(options: argparse.Namespace) -> dict[str, Any]:
         ks=options.k or KS,
         pixels=options.pixels,
         untrained=options.untrained,
-        options=extraction_options(
-            options,
-            resize=options.resize,
-            crop=options.crop,
-            batch_size=options.batch_size,
-            cache=not options.no_cache,
-        ),
+        options=extraction_options(options, batch_size=options.batch_size),
     )

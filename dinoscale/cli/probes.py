@@ -136,7 +136,7 @@ def _common(options: argparse.Namespace) -> dict[str, Any]:
         "seed": options.seed,
         "untrained": options.untrained,
         "log_path": options.log,
-        "options": extraction_options(options, cache=not options.no_cache),
+        "options": extraction_options(options),
     }
 
 

@@ -6,12 +6,8 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from dinoscale.cli.arguments import (
-    add_batch_size,
-    add_no_cache,
-    add_num_workers,
+    add_extraction,
     add_number,
-    add_sizes,
-    add_untrained,
     add_weights,
     extraction_options,
 )
@@ -48,11 +44,7 @@ def add_rank(tasks: SubCommands) -> None:
     add_number(rank, "--images", says, default=25000)
     add_number(rank, "--lidar-images", "images of LiDAR", default=1000)
     add_number(rank, "--views", "views of each image of LiDAR; 0 leaves it out", default=50)
-    add_sizes(rank, crop=", and of a view")
-    add_batch_size(rank)
-    add_num_workers(rank, of_rank=" of each rank")
-    add_untrained(rank)
-    add_no_cache(rank)
+    add_extraction(rank, crop=", and of a view")
     rank.set_defaults(run=_evaluate_rank)
 
 
@@ -64,11 +56,5 @@ def _evaluate_rank(options: argparse.Namespace) -> dict[str, Any]:
         options.data,
         samples=Samples(options.images, options.lidar_images, options.views),
         untrained=options.untrained,
-        options=extraction_options(
-            options,
-            resize=options.resize,
-            crop=options.crop,
-            batch_size=options.batch_size,
-            cache=not options.no_cache,
-        ),
+        options=extraction_options(options, batch_size=options.batch_size),
     )

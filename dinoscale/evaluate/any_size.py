@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,9 +28,10 @@ from dinoscale.data.decoding.decode import Decoder
 from dinoscale.data.sources.folder import FolderSource
 from dinoscale.data.sources.image_files import write_names
 from dinoscale.data.sources.listing import COMPRESSED_TAR, Listing, OtherFiles
-from dinoscale.data.sources.source import Source, open_source
+from dinoscale.data.sources.source import Source, StoredSource, open_source
 from dinoscale.errors import ConfigError, DataError
-from dinoscale.evaluate.frozen_backbone import LoadedBackbone
+from dinoscale.evaluate.features import eval_mode, require_finite
+from dinoscale.evaluate.frozen_backbone import LoadedBackbone, LoadOptions, load_frozen
 from dinoscale.evaluate.progress import bar_options
 from dinoscale.runtime.outputs import atomic_write
 
@@ -118,12 +119,19 @@ def image_mode(*, channels: int) -> str:
         ConfigError: Pillow has no mode for that number of channels.
     """
     if channels not in (1, 3):
-        raise ConfigError(f"pictures can be drawn of images of 1 or 3 channels, not {channels}")
+        raise ConfigError(f"this task works on pictures of 1 or 3 channels, not {channels}")
     return "RGB" if channels == 3 else "L"
 
 
-def open_images(spec: str, card: BackboneCard) -> Source:
+def open_images(
+    spec: str, card: BackboneCard, heartbeat: Callable[[], None] = lambda: None
+) -> StoredSource:
     """Open a set of images with the channels of a backbone; one image file is a set too.
+
+    Args:
+        spec: an image file, or a set as `data.train` of a config.
+        card: of the backbone.
+        heartbeat: as of `open_source`.
 
     Raises:
         ConfigError: the backbone's channels cannot be drawn.
@@ -135,7 +143,7 @@ def open_images(spec: str, card: BackboneCard) -> Source:
     if os.path.isfile(path) and not path.lower().endswith((".txt", ".tar", *COMPRESSED_TAR)):
         folder, name = os.path.split(os.path.abspath(path))
         return FolderSource(folder, Listing(write_names([name], of=spec), OtherFiles()), decoder)
-    return open_source(spec, decoder)
+    return open_source(spec, decoder, heartbeat)
 
 
 def read_image(source: Source, index: int) -> Image.Image:
@@ -162,7 +170,10 @@ class FittedImage:
     image: Image.Image
 
     def save(self, file: Path, arrays: dict[str, NDArray[Any]], *, patch: int) -> None:
-        """Write arrays into an NPZ file, with the name and the sizes of the image."""
+        """Write arrays into an NPZ file, with `name`, `patch`, and two sizes of the image.
+
+        These are the (height, width) in pixels of the image, `size`, and of the input, `seen`.
+        """
         about = {
             "name": np.array(self.path.encode("utf-8", "replace").decode()),
             "patch": np.array(patch),
@@ -243,6 +254,69 @@ def fitted_images(
     """
     fit = Fit(find_patch_size(loaded.backbone), size, square)
     return FittedImages(open_images(spec, loaded.card), fit, limit=limit, progress=progress)
+
+
+@dataclass(frozen=True)
+class WholeImages(LoadedBackbone):
+    """A frozen ViT, and how it sees whole images of any size.
+
+    Attributes:
+        fit: how images become its inputs.
+    """
+
+    fit: Fit
+
+    @classmethod
+    def of(cls, loaded: LoadedBackbone, *, size: int, square: bool) -> WholeImages:
+        """Take a loaded ViT; `size` and `square` as of `Fit`.
+
+        Raises:
+            ConfigError: the size is below a patch, or it is no ViT.
+        """
+        fit = Fit(find_patch_size(loaded.backbone), size, square)
+        return cls(**vars(loaded), fit=fit)
+
+    def open(self, spec: str, heartbeat: Callable[[], None] = lambda: None) -> StoredSource:
+        """Open a set of images, or one image file; see `open_images`."""
+        return open_images(spec, self.card, heartbeat)
+
+    def fitted(self, spec: str, *, limit: int | None) -> FittedImages:
+        """The first `limit` images of a set one by one, or all; errors as of `open_images`."""
+        return FittedImages(self.open(spec), self.fit, limit=limit, progress=self.options.progress)
+
+    def input(self, image: Image.Image) -> Tensor:
+        """Normalise an image of whole patches: (1, C, H, W) on the device, as the weights are."""
+        return to_input(image, self.backbone, mean=self.card.mean, std=self.card.std)
+
+    def patch_maps(self, image: Image.Image, blocks: int = 1) -> list[Tensor]:
+        """Patch features of an image of whole patches, through the final norm.
+
+        Args:
+            image: of `Fit.cut` or `Fit.squeeze`.
+            blocks: number of last blocks.
+
+        Returns:
+            Of each of these, the last one last, (R, C, D) float32 on the device.
+
+        Raises:
+            NonFiniteError: a feature is not a finite number.
+            ValueError: there are not so many blocks.
+        """
+        with eval_mode(self.backbone), torch.no_grad():
+            maps: list[Tensor] = self.backbone.patch_maps(self.input(image), blocks)  # type: ignore[operator]  # of a ViT
+        return [require_finite(of_block[0].float()) for of_block in maps]
+
+
+def load_whole_images(
+    weights_path: str | Path, options: LoadOptions, *, size: int = SIZE, square: bool = False
+) -> WholeImages:
+    """Load the ViT of a weights file for whole images; `size` and `square` as of `Fit`.
+
+    Raises:
+        CheckpointError: the weights cannot be used.
+        ConfigError: there is no such device, the size is below a patch, or it is no ViT.
+    """
+    return WholeImages.of(load_frozen(weights_path, options), size=size, square=square)
 
 
 class NamedFolders:

@@ -90,8 +90,8 @@ def extract_features(
 ) -> tuple[Tensor, Tensor]:
     """Run a backbone over all undamaged images of a labelled source, without augmentation.
 
-    All ranks of a job call it; each runs its share, and all get the features of the whole set. The
-    backbone is switched to eval mode and back. Images are cast to the dtype of its weights.
+    All ranks of a job call it and get the features of the whole set. The backbone is switched to
+    eval mode and back. Images are cast to the dtype of its weights.
 
     Args:
         backbone: takes a list of images (N, C, H, W), returns (N, D).
@@ -104,18 +104,16 @@ def extract_features(
         device: of the backbone and of the result.
         num_workers: processes that decode; 0 decodes in this one.
         output_key: all that the output depends on besides weights and images (architecture,
-            layers, decoder), in words, as part of the key in the cache. None does not cache;
-            synthetic sets are never cached.
+            layers, decoder), in words. None does not cache; synthetic sets are never cached.
         progress: draw a bar (`bar_options`).
-        on_batch: called after each batch, to feed a watchdog.
+        on_batch: called after each batch.
 
     Returns:
         Features (N, D) float32, not normalised, and labels (N,) int64, both on `device`.
 
     Raises:
         DataError: an image has no label.
-        NonFiniteError: a feature is not a finite number.
-        RunFailedError: a batch needs more memory than available.
+        NonFiniteError, RunFailedError: a feature is not finite; a batch needs too much memory.
         UnavailableError: the file of an image cannot be read at all.
     """
     labels = check_labels(source, name="evaluation")

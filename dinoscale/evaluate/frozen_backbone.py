@@ -17,7 +17,7 @@ from dinoscale.convert.card import BackboneCard
 from dinoscale.convert.weights import Network
 from dinoscale.convert.weights_file import load_backbone
 from dinoscale.data.decoding.decode import Decoder
-from dinoscale.data.sources.source import Source, open_source
+from dinoscale.data.sources.source import Source, StoredSource, open_source
 from dinoscale.errors import CheckpointError, ConfigError
 from dinoscale.evaluate.feature_cache import tensors_digest
 from dinoscale.evaluate.features import extract_features, extract_unlabelled, find_device
@@ -85,14 +85,16 @@ class LoadedBackbone:
         backbone: in eval mode, without gradients.
         card: what it is, and how its images are prepared.
         device: where it computes.
+        options: as given.
     """
 
     path: str
     backbone: nn.Module
     card: BackboneCard
     device: torch.device
+    options: LoadOptions
 
-    def open(self, spec: str, heartbeat: Callable[[], None] = lambda: None) -> Source:
+    def open(self, spec: str, heartbeat: Callable[[], None] = lambda: None) -> StoredSource:
         """Open images with the channels of this backbone; `heartbeat` as of `open_source`.
 
         Raises:
@@ -104,6 +106,11 @@ class LoadedBackbone:
     def decoder(self) -> Decoder:
         """Decodes images to the channels of this backbone."""
         return Decoder(self.card.backbone.in_chans, self.card.max_pixel_value)
+
+    @property
+    def normalisation(self) -> dict[str, object]:
+        """Mean and std of each channel, for the protocol of a report."""
+        return {"mean": list(self.card.mean), "std": list(self.card.std)}
 
     def untrained(self: AnyBackbone) -> AnyBackbone:
         """The same architecture and preparation with fresh weights, the same at every call."""
@@ -129,6 +136,12 @@ class FeatureExtractor(LoadedBackbone):
     """
 
     options: ExtractionOptions
+
+    @property
+    def preparation(self) -> dict[str, object]:
+        """Resize of the short side, center crop, normalisation, for the protocol of a report."""
+        sizes = {"resize": self.card.resize, "crop": self.card.crop}
+        return {**sizes, "interpolation": "bicubic", **self.normalisation}
 
     def features(
         self,
@@ -199,7 +212,7 @@ def load_frozen(weights_path: str | Path, options: LoadOptions) -> LoadedBackbon
     backbone, card = load_backbone(
         weights_path, network=options.network, num_heads=options.num_heads
     )
-    return LoadedBackbone(str(weights_path), backbone.to(device), card, device)
+    return LoadedBackbone(str(weights_path), backbone.to(device), card, device, options)
 
 
 def load_extractor(weights_path: str | Path, options: ExtractionOptions) -> FeatureExtractor:

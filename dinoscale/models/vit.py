@@ -295,6 +295,18 @@ class VisionTransformer(nn.Module):
                 outputs.append(torch.unflatten(self.norm(tokens), 0, layout[0]))
         return outputs
 
+    def patch_maps(self, images: Tensor, n: int) -> list[Tensor]:
+        """Return the last n blocks' patch tokens by place, each through the final norm.
+
+        Arguments and errors as of `intermediate`.
+
+        Returns:
+            n tensors (N, H / patch size, W / patch size, D), the last block last.
+        """
+        grid = [side // self.patch_size for side in images.shape[2:]]
+        blocks = self.intermediate(images, n)
+        return [torch.unflatten(tokens[:, self._num_prefix :], 1, grid) for tokens in blocks]
+
     def last_attention(self, images: Tensor, *, queries: int | None = None) -> Tensor:
         """Return the attention of the last block over images (N, C, H, W): (N, heads, L, L).
 

@@ -35,7 +35,6 @@ from dinoscale.evaluate.classification.inputs import (
     train_images,
 )
 from dinoscale.evaluate.classification.linear_heads import INIT_STD
-from dinoscale.evaluate.classification.probe_report import preprocessing
 from dinoscale.evaluate.classification.resumable_training import (
     State,
     check_target,
@@ -326,6 +325,6 @@ def _protocol(recipe: Recipe, inputs: ClassifierInputs, *, seed: int) -> dict[st
         "warmup_share": WARMUP,
         "seed": seed,
         "train_images": crops,
-        "test_images": preprocessing(inputs.card),
+        "test_images": inputs.extractor.preparation,
         "chosen": "the best on the test set, of all epochs",
     }

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -53,6 +53,8 @@ class KnnResult:
     neighbours: int  # that voted: k, or the whole bank if it is smaller
     top1: float
     top5: float
+    classes: Tensor = field(compare=False, repr=False)  # with the most votes, (M,) int64
+    correct: Tensor = field(compare=False, repr=False)  # whether that is right, (M,) bool
 
 
 def knn_accuracy(
@@ -96,35 +98,55 @@ def knn_accuracy(
             size is not positive.
     """
     chunk_size = TEST_CHUNK if chunk_size is None else chunk_size
-    _check_sets(train_features, train_labels, test_features, test_labels)
+    sets = (train_features, train_labels, test_features, test_labels)
+    _check_sets(*sets)
     _check_numbers(ks, temp, chunk_size, bank_chunk_size)
-    num_train, num_test = len(train_features), len(test_features)
+    num_train = len(train_features)
     if too_many := [k for k in ks if k > num_train]:
         log.warning("k = %s: the bank has only %d images, using all", too_many, num_train)
+    sizes = {"chunk_size": chunk_size, "bank_chunk_size": bank_chunk_size}
+    answer = partial(_answers_of_rank, *sets, ks=ks, temp=temp, **sizes, on_chunk=on_chunk)
+    answers = distributed.all_reduce_sum(distributed.together(answer))  # others' images are 0
+    percent = (100 * answers[..., 1:].sum(1).double() / len(test_labels)).tolist()
+    return {
+        k: KnnResult(k, min(k, num_train), *of_k, answer[:, 0], answer[:, 1] > 0)
+        for k, of_k, answer in zip(ks, percent, answers, strict=True)
+    }
+
+
+def _answers_of_rank(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    *,
+    ks: Sequence[int],
+    temp: float,
+    chunk_size: int,
+    bank_chunk_size: int,
+    on_chunk: Callable[[], None],
+) -> Tensor:
+    """Class, and whether it and one of the top five are right, of the images of this rank's chunks.
+
+    Returns:
+        (number of ks, M, 3) int64, zero for the images of other ranks.
+    """
+    most = min(max(ks), len(train_features))
     num_classes = int(max(train_labels.max(), test_labels.max())) + 1
-    starts = range(0, num_test, chunk_size)
-
-    def classified() -> Tensor:
-        """Correct test images of this rank's chunks by top-1 and top-5, (number of ks, 2)."""
-        correct = torch.zeros(len(ks), 2, dtype=torch.int64, device=test_labels.device)
-        for start in starts[distributed.rank() :: distributed.world_size()]:
-            features = test_features[start : start + chunk_size]
-            similarity, nearest = nearest_neighbours(
-                train_features, features, k=min(max(ks), num_train), bank_chunk_size=bank_chunk_size
-            )
-            classes = train_labels[nearest]  # (chunk, max k)
-            labels = test_labels[start : start + chunk_size]
-            for i, k in enumerate(ks):
-                votes = log_votes(
-                    similarity[:, :k], classes[:, :k], temp=temp, num_classes=num_classes
-                )
-                correct[i] += _num_correct(votes, labels, k=k)
-            on_chunk()
-        return correct
-
-    correct = distributed.together(classified)
-    percent = (100 * distributed.all_reduce_sum(correct).double() / num_test).tolist()
-    return {k: KnnResult(k, min(k, num_train), *of_k) for k, of_k in zip(ks, percent, strict=True)}
+    answers = test_labels.new_zeros(len(ks), len(test_labels), 3)
+    starts = range(0, len(test_labels), chunk_size)
+    for start in starts[distributed.rank() :: distributed.world_size()]:
+        chunk = slice(start, start + chunk_size)
+        similarity, nearest = nearest_neighbours(
+            train_features, test_features[chunk], k=most, bank_chunk_size=bank_chunk_size
+        )
+        classes = train_labels[nearest]  # (chunk, largest k)
+        for i, k in enumerate(ks):
+            of_k = similarity[:, :k], classes[:, :k]
+            votes = log_votes(*of_k, temp=temp, num_classes=num_classes)
+            answers[i, chunk] = _answers(votes, test_labels[chunk], k=k)
+        on_chunk()
+    return answers
 
 
 def _check_sets(
@@ -212,11 +234,11 @@ def log_votes(similarity: Tensor, classes: Tensor, *, temp: float, num_classes: 
     return most / temp + cosines.new_zeros(shape).scatter_add_(1, classes, shares).log()
 
 
-def _num_correct(votes: Tensor, labels: Tensor, *, k: int) -> Tensor:
-    """Count images whose label has the most votes, and whose label is among the top five."""
+def _answers(votes: Tensor, labels: Tensor, *, k: int) -> Tensor:
+    """Class with the most votes, whether it is the label, and whether one of five is: (M, 3)."""
     ranked = votes.sort(dim=1, descending=True, stable=True).indices
     hits = ranked == labels[:, None]
-    return torch.stack([hits[:, 0].sum(), hits[:, : min(TOP, k)].sum()])
+    return torch.stack([ranked[:, 0], hits[:, 0], hits[:, : min(TOP, k)].any(1)], dim=1)
 
 
 def evaluate_knn(
@@ -295,19 +317,14 @@ def _describe(spec: str, source: Source, labels: Tensor) -> dict[str, object]:
 
 
 def _protocol(extractor: FeatureExtractor, *, ks: Sequence[int], temp: float) -> dict[str, object]:
-    card = extractor.card
     return {
         "method": "weighted k-NN, cosine similarity, votes exp(similarity / temp)",
         "features": "backbone output (of a ViT: normalised CLS token), L2-normalised",
         "network": extractor.options.network,
         "ks": [*ks],
         "temp": temp,
-        "resize": card.resize,
-        "crop": card.crop,
-        "interpolation": "bicubic",
-        "mean": list(card.mean),
-        "std": list(card.std),
-        "max_pixel_value": card.max_pixel_value,
+        **extractor.preparation,
+        "max_pixel_value": extractor.card.max_pixel_value,
     }
 
 

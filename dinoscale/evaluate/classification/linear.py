@@ -39,7 +39,6 @@ from dinoscale.evaluate.classification.linear_heads import (
     is_vit,
 )
 from dinoscale.evaluate.classification.linear_protocols import DinoProtocol, GridProtocol, ProbePlan
-from dinoscale.evaluate.classification.probe_report import preprocessing
 from dinoscale.evaluate.classification.resumable_training import (
     State,
     check_target,
@@ -296,6 +295,6 @@ def _protocol(
         "train_images": crops
         if augment
         else "as test images, without augmentation; forwarded once",
-        "test_images": preprocessing(inputs.card),
+        "test_images": inputs.extractor.preparation,
         "chosen": f"the best on the test set, of {_CHOSEN_OF[plan.last_only]}",
     }

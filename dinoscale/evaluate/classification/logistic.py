@@ -28,7 +28,7 @@ from dinoscale.evaluate.classification.inputs import (
     extract_train_features,
     open_inputs,
 )
-from dinoscale.evaluate.classification.probe_report import Log, measure_and_report, preprocessing
+from dinoscale.evaluate.classification.probe_report import Log, measure_and_report
 from dinoscale.evaluate.frozen_backbone import DEFAULT_EXTRACTION, OUTPUT, ExtractionOptions
 from dinoscale.evaluate.progress import bar_options
 
@@ -93,7 +93,7 @@ def evaluate_logistic(
             "held_out": HELD_OUT,
             "seed": seed,
             "chosen": "C on a held-out part of the train set; refitted to all of it, tested once",
-            "images": preprocessing(inputs.card),
+            "images": inputs.extractor.preparation,
         },
         untrained=untrained,
         log_path=log_path,

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from torch import nn
 
-from dinoscale.convert.weights_file import BackboneCard
 from dinoscale.errors import ConfigError, OutputError
 from dinoscale.evaluate.classification.inputs import ClassifierInputs
 from dinoscale.evaluate.classification.labelled_sets import describe_set
@@ -120,14 +119,3 @@ def _is_log(path: Path) -> bool:
             return not line or {"task", "weights", "network"} <= set(json.loads(line))
     except (OSError, ValueError, TypeError, RecursionError):
         return False
-
-
-def preprocessing(card: BackboneCard) -> dict[str, object]:
-    """How test images are prepared: bicubic resize of the short side, center crop, normalise."""
-    return {
-        "resize": card.resize,
-        "crop": card.crop,
-        "interpolation": "bicubic",
-        "mean": list(card.mean),
-        "std": list(card.std),
-    }

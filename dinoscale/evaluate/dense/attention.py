@@ -13,6 +13,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,9 +27,9 @@ from dinoscale.data.sources.source import Source
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.any_size import (
     Fit,
+    WholeImages,
     find_patch_size,
     image_mode,
-    open_images,
     read_image,
     to_input,
     writing_to,
@@ -257,8 +258,8 @@ def evaluate_attention(
         weights_path: any weights file that `load_backbone` reads.
         spec: the images, as `data.train` of a config; synthetic ones come with masks.
         path: of the PNG.
-        size: side in pixels at which the backbone sees the images; None takes the crop of the
-            weights file, or more pixels for 24 x 24 patches; the reference takes 480.
+        size: side in pixels at which the backbone sees the images; None takes the weights' crop,
+            or more pixels for 24 x 24 patches; the reference takes 480.
         images: how many to score, chosen at random with a fixed seed; all if there are fewer.
         rows: how many of these to draw.
         scored: use the masks, if there are any; else the sheet shows attention alone.
@@ -266,8 +267,7 @@ def evaluate_attention(
 
     Returns:
         What was measured and how, ready for JSON; `score` and `untrained_score`, of the same
-        architecture with fresh weights, are null without masks. With masks, `floors` and
-        `untrained` hold the baselines, as in the reports of other tasks.
+        architecture with fresh weights, are null without masks; with masks, baselines as well.
 
     Raises:
         CheckpointError: the weights file cannot be used.
@@ -278,43 +278,28 @@ def evaluate_attention(
         raise ConfigError(f"need images > 0 and rows > 0, got {images} and {rows}")
     require_ours(Path(path))
     loaded = load_frozen(weights_path, options)
-    card = loaded.card
-    patch = find_patch_size(loaded.backbone)
-    fit = Fit(patch, max(card.crop, FINE * patch) if size is None else size, square=True)
-    pictures, masks = _pick(open_images(spec, card), images=images, with_masks=scored)
+    if size is None:
+        size = max(loaded.card.crop, FINE * find_patch_size(loaded.backbone))
+    whole = WholeImages.of(loaded, size=size, square=True)
+    pictures, masks = _pick(whole.open(spec), images=images, with_masks=scored)
+    how: dict[str, Any] = {"mean": whole.card.mean, "std": whole.card.std, "size": size}
     untrained = None
     if masks is not None:
-        fresh = loaded.untrained().backbone
-        untrained = score_attention(
-            fresh, pictures, masks, mean=card.mean, std=card.std, size=fit.size
-        )
-    score = draw_attention(
-        loaded.backbone,
-        pictures,
-        path,
-        mean=card.mean,
-        std=card.std,
-        size=fit.size,
-        masks=masks,
-        title=f"{Path(weights_path).name}: attention of the class token in the last block",
-        rows=rows,
-        untrained=untrained,
-    )
-    return loaded.report(
+        untrained = score_attention(whole.untrained().backbone, pictures, masks, **how)
+    title = f"{Path(weights_path).name}: attention of the class token in the last block"
+    how |= {"masks": masks, "title": title, "rows": rows, "untrained": untrained}
+    score = draw_attention(whole.backbone, pictures, path, **how)
+    edges = "images are resized to whole patches"
+    return whole.report(
         "attention",
         images=len(pictures),
         spec=spec,
         picture=str(path),
-        size=fit.size // fit.patch * fit.patch,
+        size=size // whole.fit.patch * whole.fit.patch,
         mass=MASS,
-        protocol=_protocol(fit, options),
+        protocol={"network": options.network, **whole.fit.protocol(), "edges": edges},
         **_scores(score, untrained),
     )
-
-
-def _protocol(fit: Fit, options: LoadOptions) -> dict[str, object]:
-    edges = "images are resized to whole patches"
-    return {"network": options.network, **fit.protocol(), "edges": edges}
 
 
 def _scores(score: AttentionScore | None, untrained: AttentionScore | None) -> dict[str, object]:

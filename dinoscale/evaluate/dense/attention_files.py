@@ -14,15 +14,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dinoscale.convert.card import BackboneCard
 from dinoscale.evaluate.any_size import (
     SIZE,
-    Fit,
     FittedImage,
     NamedFolders,
-    fitted_images,
+    WholeImages,
+    load_whole_images,
     save_picture,
-    to_input,
     writing_to,
 )
 from dinoscale.evaluate.dense.attention_figure import COLORS, DIMMED, Row, draw_rows
@@ -33,7 +31,7 @@ from dinoscale.evaluate.dense.attention_maps import (
     enlarge,
     keep_mass,
 )
-from dinoscale.evaluate.frozen_backbone import DEFAULT_LOADING, LoadOptions, load_frozen
+from dinoscale.evaluate.frozen_backbone import DEFAULT_LOADING, LoadOptions
 
 SHEET = "attention-sheet.png"
 ROWS_DRAWN = 8  # of the sheet
@@ -53,12 +51,8 @@ def write_attention(
 ) -> dict[str, object]:
     """Write the attention of the class token over every image of a set into a folder.
 
-    Each image gets a folder with its name. `attn-head0.png`, ..., `attn-mean.png` show the map in
-    colors over the image, each from its smallest to its largest value. `mass-head0.png`, ...,
-    `mass-mean.png` darken the image outside the patches that together hold `mass` of the map.
-    `attention.npz` holds `maps` (A, R, C), the kept patches `kept` (A, R, C), `name`, `patch`, and
-    the (height, width) in pixels of the image, `size`, and of the backbone's input, `seen`.
-    Patches are enlarged by nearest neighbour. A sheet shows the first images in one picture.
+    Each image gets a folder with its name, for the files of `_write`; a sheet shows the first
+    images in one picture.
 
     Args:
         weights_path: any weights file that `load_backbone` reads.
@@ -81,19 +75,14 @@ def write_attention(
         DataError: no image can be read, or the folder cannot be written.
     """
     check_mass(mass)
-    loaded = load_frozen(weights_path, options)
-    images = fitted_images(
-        loaded, spec, size=size, square=square, limit=limit, progress=options.progress
-    )
+    loaded = load_whole_images(weights_path, options, size=size, square=square)
+    images = loaded.fitted(spec, limit=limit)
     folder, rows = Path(out), list[Row]()
     with writing_to(folder):
         folders = NamedFolders(folder)
         for fitted in images:
-            pixels = to_input(
-                fitted.image, loaded.backbone, mean=loaded.card.mean, std=loaded.card.std
-            )
-            maps = attention_maps(loaded.backbone, pixels)[0]
-            _write(fitted, maps, folders.make(fitted.path), patch=images.fit.patch, mass=mass)
+            maps = attention_maps(loaded.backbone, loaded.input(fitted.image))[0]
+            _write(fitted, maps, folders.make(fitted.path), patch=loaded.fit.patch, mass=mass)
             if len(rows) < ROWS_DRAWN:
                 kept = keep_mass(maps.mean(dim=0), mass=mass)
                 rows.append(Row(_rgb(fitted.image), heads=maps.numpy(), kept=kept.numpy()))
@@ -103,20 +92,19 @@ def write_attention(
         "attention",
         spec=spec,
         **images.report(folder, SHEET),
-        protocol={"network": options.network, **_protocol(images.fit, loaded.card, mass=mass)},
+        protocol={"network": options.network, **_protocol(loaded, mass=mass)},
         score=None,
     )
 
 
-def _protocol(fit: Fit, card: BackboneCard, *, mass: float) -> dict[str, object]:
+def _protocol(loaded: WholeImages, *, mass: float) -> dict[str, object]:
     return {
         "attention": "class token to patches, last block, softmax of q.k",
-        **fit.protocol(),
+        **loaded.fit.protocol(),
         "edges": "cut at the right and below",
         "mass": mass,
         "enlarged_by": "nearest neighbour",
-        "mean": list(card.mean),
-        "std": list(card.std),
+        **loaded.normalisation,
     }
 
 
@@ -125,7 +113,13 @@ def _rgb(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def _write(fitted: FittedImage, maps: Tensor, folder: Path, *, patch: int, mass: float) -> None:
-    """All files of one image."""
+    """All files of one image; patches are enlarged by nearest neighbour.
+
+    `attn-head0.png`, ..., `attn-mean.png` show the map in colors over the image, each from its
+    smallest to its largest value. `mass-head0.png`, ..., `mass-mean.png` darken the image outside
+    the patches that together hold `mass` of the map. `attention.npz` holds `maps` (A, R, C), the
+    kept patches `kept` (A, R, C), and what `FittedImage.save` adds.
+    """
     names = [*(f"head{head}" for head in range(len(maps))), "mean"]
     shown = torch.cat((maps, maps.mean(dim=0, keepdim=True)))  # (A+1, R, C)
     kept = keep_mass(shown, mass=mass)

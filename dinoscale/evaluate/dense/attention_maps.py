@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from dinoscale.errors import ConfigError
 from dinoscale.evaluate.features import require_finite
 
-MASS = 0.6  # of a head's attention that its mask keeps; figure 4 of the paper
+# Share of a head's attention that its mask keeps, 0 < share <= 1: of figure 4 of the paper, whose
+# appendix states 0.8 for the same numbers.
+MASS = 0.6
 TOKENS_AT_ONCE = 2**14  # of all images of a forward; about 200 MiB for a ViT-S
 
 

@@ -14,29 +14,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from dinoscale.convert.card import BackboneCard
 from dinoscale.errors import DataError
 from dinoscale.evaluate.any_size import (
     SIZE,
-    Fit,
     FittedImage,
     NamedFolders,
-    fitted_images,
+    WholeImages,
+    load_whole_images,
     save_picture,
-    to_input,
     writing_to,
 )
-from dinoscale.evaluate.features import eval_mode, require_finite
-from dinoscale.evaluate.frozen_backbone import (
-    DEFAULT_LOADING,
-    LoadedBackbone,
-    LoadOptions,
-    load_frozen,
-)
+from dinoscale.evaluate.frozen_backbone import DEFAULT_LOADING, LoadOptions
 from dinoscale.runtime.outputs import atomic_write
 
 COMPONENTS = 3  # red, green, blue
@@ -65,6 +56,11 @@ class Basis:
     def project(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
         """Project features (..., D) to (..., 3)."""
         return ((features - self.mean) @ self.components.T).astype(np.float32)
+
+    def save(self, file: Path) -> None:
+        """Write the attributes into an NPZ file."""
+        with atomic_write(file) as beside:
+            np.savez(beside, **asdict(self))
 
 
 def fit_basis(features: NDArray[np.float32]) -> Basis:
@@ -113,15 +109,12 @@ def evaluate_pca(
 ) -> dict[str, object]:
     """Write the patch features of every image of a set as colors into a folder.
 
-    Each image gets a folder with its name: `pca.png`, and `pca.npz` with `components` (R, C, 3),
-    `foreground` (R, C), `name`, `patch`, and the (height, width) in pixels of the image, `size`,
-    and of the backbone's input, `seen`. `pca-basis.npz` holds the basis, a sheet shows the first
-    images.
+    Each image gets a folder, see `_write_images`; beside them are the basis and a sheet.
 
     Args:
         weights_path: any weights file that `load_backbone` reads.
-        spec: an image file, or a set as `data.train` of a config. The patches of all images are in
-            memory together: two megabytes an image for ViT-S/16.
+        spec: an image file, or a set as `data.train` of a config. The patches of all images, two
+            megabytes an image for ViT-S/16, are in memory together.
         out: the folder; made if missing. Files of the same names are replaced.
         size: short side in pixels at which the backbone sees the images.
         square: squeeze the images to size x size instead.
@@ -133,7 +126,7 @@ def evaluate_pca(
 
     Returns:
         What was written and how, ready for JSON; the score is the share of the variance that the
-        three components explain, in percent, `left_out` names images that could not be read.
+        components explain, in percent, `left_out` names images that could not be read.
 
     Raises:
         CheckpointError: the weights file cannot be used.
@@ -141,57 +134,37 @@ def evaluate_pca(
         DataError: no image can be read, or the folder cannot be written.
         NonFiniteError: a feature is not a finite number.
     """
-    loaded = load_frozen(weights_path, options)
-    images = fitted_images(
-        loaded, spec, size=size, square=square, limit=limit, progress=options.progress
-    )
-    fit, fitted, features = images.fit, [], []
-    for image in images:
+    loaded = load_whole_images(weights_path, options, size=size, square=square)
+    images = loaded.fitted(spec, limit=limit)
+    fitted, features = [], []
+    for image in images:  # draws a bar
         fitted.append(image)
-        features.append(_patch_features(loaded, image, patch=fit.patch))
+        features.append(loaded.patch_maps(image.image)[0].cpu().numpy())
     basis, foregrounds = _fit(features, foreground=foreground)
     components = [basis.project(x) for x in features]
-    folder = Path(out)
+    folder, patch = Path(out), loaded.fit.patch
     with writing_to(folder):
-        pairs = _write_images(fitted, components, foregrounds, folder, fit.patch, smooth=smooth)
-        with atomic_write(folder / BASIS) as beside:
-            np.savez(beside, **asdict(basis))
+        pairs = _write_images(fitted, components, foregrounds, folder, patch, smooth=smooth)
+        basis.save(folder / BASIS)
         save_picture(draw_pairs(pairs[:PAIRS_DRAWN]), folder / SHEET)
-    protocol = _protocol(fit, loaded.card, foreground=foreground)
     return loaded.report(
         "pca",
         spec=spec,
         **images.report(folder, SHEET),
-        protocol={"network": options.network, **protocol},
+        protocol={"network": options.network, **_protocol(loaded, foreground=foreground)},
         score={"explained_variance": 100 * float(basis.explained.sum())},
     )
 
 
-def _protocol(fit: Fit, card: BackboneCard, *, foreground: bool) -> dict[str, object]:
+def _protocol(loaded: WholeImages, *, foreground: bool) -> dict[str, object]:
     return {
         "features": "last block's patch tokens through the final norm",
-        **fit.protocol(),
+        **loaded.fit.protocol(),
         "edges": "cut at the right and below",
         "foreground": foreground,
         "sign": "the entry of the largest absolute value of a component is positive",
-        "mean": list(card.mean),
-        "std": list(card.std),
+        **loaded.normalisation,
     }
-
-
-def _patch_features(
-    loaded: LoadedBackbone, fitted: FittedImage, *, patch: int
-) -> NDArray[np.float32]:
-    """Normalised patch tokens of the last block, (R, C, D)."""
-    backbone, card = loaded.backbone, loaded.card
-    rows, columns = fitted.image.height // patch, fitted.image.width // patch
-    pixels = to_input(fitted.image, backbone, mean=card.mean, std=card.std)
-    with eval_mode(backbone), torch.no_grad():
-        tokens = backbone.features(pixels)[0, -rows * columns :]  # type: ignore[operator]  # a ViT
-    found: NDArray[np.float32] = (
-        require_finite(tokens.float()).reshape(rows, columns, -1).cpu().numpy()
-    )
-    return found
 
 
 def _fit(
@@ -230,7 +203,11 @@ def _write_images(
     *,
     smooth: bool,
 ) -> list[tuple[Image.Image, Image.Image]]:
-    """Write the files of each image; returns pairs of the image and its picture."""
+    """Write the files of each image; returns pairs of the image and its picture.
+
+    These are `pca.png`, and `pca.npz` with `components` (R, C, 3), `foreground` (R, C) and what
+    `FittedImage.save` adds.
+    """
     colors = _to_colors(components, foregrounds)
     how = Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST
     folders, pairs = NamedFolders(out), []

@@ -19,18 +19,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from dinoscale.convert.card import BackboneCard
 from dinoscale.data.sources.source import Source
 from dinoscale.evaluate.any_size import (
     SIZE,
-    Fit,
-    find_patch_size,
-    open_images,
+    WholeImages,
+    load_whole_images,
     read_image,
-    to_input,
     writing_to,
 )
 from dinoscale.evaluate.dense.attention_figure import Row, draw_rows
@@ -50,7 +47,7 @@ from dinoscale.evaluate.dense.object_masks import (
     split_objects,
     usable_images,
 )
-from dinoscale.evaluate.frozen_backbone import DEFAULT_LOADING, LoadOptions, load_frozen
+from dinoscale.evaluate.frozen_backbone import DEFAULT_LOADING, LoadOptions
 from dinoscale.evaluate.progress import bar_options
 
 PROTOCOL = {
@@ -93,19 +90,18 @@ def evaluate_segment(
     Args:
         weights_path: any weights file that `load_backbone` reads.
         spec: images, as `data.train` of a config, or one file; shards hold masks as KEY.mask.png.
-        masks: folder of masks with the names of the images, if the set holds none.
+        masks: folder of masks named as the images, if the set holds none.
         indexed: gray masks hold object numbers, as those with a palette: 0 is background, 255 void.
             Otherwise a gray mask is one object, where it is brighter than 127.
         size: short side in pixels at which the backbone sees the images.
         square: squeeze the images to size x size instead.
-        mass: share of a map's attention that its mask keeps, 0 < mass <= 1; the paper states 0.6
-            in its figure and 0.8 in its appendix, for the same numbers.
+        mass: share of a map's attention that its mask keeps, as of `attention_maps.MASS`.
         out: folder for a sheet of the best, median and worst images; None draws nothing.
         options: which network, and which device.
 
     Returns:
-        Ready for JSON, in percent: `score`, `untrained`, `floors` and `whole_image`, each with
-        `jaccard`; `heads`, where each head alone covers all objects; and how it was measured.
+        In percent `score`, `untrained`, `floors` and `whole_image`, each with `jaccard`; `heads`,
+        where each head alone covers all objects; and how it was measured. Ready for JSON.
 
     Raises:
         CheckpointError: the weights file cannot be used.
@@ -113,15 +109,13 @@ def evaluate_segment(
         DataError: no image with a mask can be read, or a mask has another size than its image.
     """
     check_mass(mass)
-    loaded = load_frozen(weights_path, options)
-    fit = Fit(find_patch_size(loaded.backbone), size, square)
-    source = open_images(spec, loaded.card)
+    loaded = load_whole_images(weights_path, options, size=size, square=square)
+    source = loaded.open(spec)
     mask_of = find_masks(source, spec, masks)
-    indices, left_out = usable_images(source, mask_of, fit, indexed=indexed)
-    scorer = _Scorer(source, mask_of, fit, loaded.card, indexed=indexed, mass=mass)
-    networks = (loaded.backbone, loaded.untrained().backbone)
-    bar = tqdm(indices, unit="img", **bar_options(shown=options.progress))
-    results = [scorer.score(index, *networks) for index in bar]
+    indices, left_out = usable_images(source, mask_of, loaded.fit, indexed=indexed)
+    scorer = _Scorer(loaded, source, mask_of, indexed=indexed, mass=mass)
+    shown = bar_options(shown=options.progress)
+    results = [scorer.score(index) for index in tqdm(indices, unit="img", **shown)]
     report = loaded.report(
         "segment",
         spec=spec,
@@ -136,45 +130,36 @@ def evaluate_segment(
     if out is not None:
         report["picture"] = str(Path(out) / SHEET)
         with writing_to(Path(out)):
-            title = f"{Path(weights_path).name}: attention against objects"
-            _draw(scorer, loaded.backbone, results, Path(out) / SHEET, title=title)
+            _draw(scorer, results, Path(out) / SHEET)
     return report
 
 
 class _Scorer:
-    """Scores the attention of backbones against the objects of images."""
+    """Scores the attention of a ViT, and of its untrained twin, against the objects of images."""
 
     def __init__(
-        self,
-        source: Source,
-        mask_of: MaskOf,
-        fit: Fit,
-        card: BackboneCard,
-        *,
-        indexed: bool,
-        mass: float,
+        self, loaded: WholeImages, source: Source, mask_of: MaskOf, *, indexed: bool, mass: float
     ) -> None:
         self.mass = mass
-        self._source, self._mask_of, self._fit, self._card = source, mask_of, fit, card
-        self._indexed = indexed
+        self._trained, self._untrained = loaded, loaded.untrained()
+        self._source, self._mask_of, self._indexed = source, mask_of, indexed
 
     def protocol(self) -> dict[str, object]:
         """All that changes a number but the weights, ready for JSON."""
         return {
             **PROTOCOL,
-            **self._fit.protocol(),
+            **self._trained.fit.protocol(),
             "mass": self.mass,
             "indexed": self._indexed,
-            "mean": list(self._card.mean),
-            "std": list(self._card.std),
+            **self._trained.normalisation,
         }
 
-    def score(self, index: int, *networks: nn.Module) -> _Result:
+    def score(self, index: int) -> _Result:
         """IoU of the objects of one image with the heads of both networks and the baselines."""
         image, objects = self.image(index), self.objects(index)
         trained, untrained = (
-            jaccard_of_objects(keep_mass(self.maps(network, image), mass=self.mass), objects)
-            for network in networks
+            jaccard_of_objects(keep_mass(_maps(network, image), mass=self.mass), objects)
+            for network in (self._trained, self._untrained)
         )
         return _Result(
             index,
@@ -186,7 +171,12 @@ class _Scorer:
 
     def image(self, index: int) -> Image.Image:
         """The image as the backbone sees it."""
-        return self._fit.squeeze(read_image(self._source, index))
+        return self._trained.fit.squeeze(read_image(self._source, index))
+
+    @property
+    def title(self) -> str:
+        """Of the sheet."""
+        return f"{Path(self._trained.path).name}: attention against objects"
 
     def objects(self, index: int) -> Objects:
         """The objects at the image's own size."""
@@ -194,10 +184,13 @@ class _Scorer:
         assert mask is not None  # `usable_images` found it
         return split_objects(mask, indexed=self._indexed)
 
-    def maps(self, network: nn.Module, image: Image.Image) -> Tensor:
-        """Attention (A, R, C)."""
-        pixels = to_input(image, network, mean=self._card.mean, std=self._card.std)
-        return attention_maps(network, pixels)[0]
+    def maps(self, image: Image.Image) -> Tensor:
+        """Attention (A, R, C) of the trained network."""
+        return _maps(self._trained, image)
+
+
+def _maps(network: WholeImages, image: Image.Image) -> Tensor:
+    return attention_maps(network.backbone, network.input(image))[0]
 
 
 def jaccard_of_objects(kept: Tensor, objects: Objects) -> Tensor:
@@ -255,9 +248,7 @@ def _table(results: Sequence[_Result]) -> str:
     return "\n".join(lines)
 
 
-def _draw(
-    scorer: _Scorer, backbone: nn.Module, results: Sequence[_Result], path: Path, *, title: str
-) -> None:
+def _draw(scorer: _Scorer, results: Sequence[_Result], path: Path) -> None:
     """Draw the best, median and worst images; of each the largest object with its best head."""
     ranked = sorted(results, key=lambda result: -mean_over_images([result.trained]))
     middle = max(0, (len(ranked) - ROWS_OF_A_KIND) // 2)
@@ -271,20 +262,20 @@ def _draw(
         for result in chosen:
             labels.setdefault(result.index, kind)  # one of few images may be several
     by_index = {result.index: result for result in results}
-    rows = [_row(scorer, backbone, by_index[index], label=kind) for index, kind in labels.items()]
+    rows = [_row(scorer, by_index[index], label=kind) for index, kind in labels.items()]
     note = (
         f"Jaccard {mean_over_images([r.trained for r in results]):.1f} %, untrained "
         f"{mean_over_images([r.untrained for r in results]):.1f} %, centered box "
         f"{mean_over_images([r.center_box for r in results]):.1f} % ({len(results)} images)"
     )
-    draw_rows(rows, path, title=title, note=note, mass=scorer.mass)
+    draw_rows(rows, path, title=scorer.title, note=note, mass=scorer.mass)
 
 
-def _row(scorer: _Scorer, backbone: nn.Module, result: _Result, *, label: str) -> Row:
+def _row(scorer: _Scorer, result: _Result, *, label: str) -> Row:
     image, objects = scorer.image(result.index), scorer.objects(result.index)
     largest = int(objects.masks.sum(dim=(1, 2)).argmax())
     head = int(result.trained[largest].argmax())
-    maps = scorer.maps(backbone, image)
+    maps = scorer.maps(image)
     return Row(
         picture=np.asarray(image.convert("RGB")),
         heads=maps.numpy(),

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from dinoscale.data.augmentation.color_jitter import finish_crops
 from dinoscale.data.augmentation.multi_crop import NUM_GLOBAL, MultiCrop
 from dinoscale.data.sources.mixture import left_out_counts
-from dinoscale.data.sources.source import StoredSource, open_source
+from dinoscale.data.sources.source import StoredSource
 from dinoscale.data.sources.subset import SubsetSource
 from dinoscale.errors import ConfigError, DataError, RunFailedError
 from dinoscale.evaluate.across_ranks import over_ranks
@@ -104,8 +104,7 @@ def evaluate_rank(
         DataError: the set cannot be read, or too few of its images.
     """
     extractor = load_extractor(weights_path, options)
-    decoder = extractor.decoder
-    source = open_once_per_node(lambda heartbeat: open_source(spec, decoder, heartbeat))
+    source = open_once_per_node(partial(extractor.open, spec))
     score, alpha, counts = _measure(extractor, source, samples)
     _warn(counts, width=_width(extractor))
     report = extractor.report(
@@ -229,18 +228,13 @@ def _crops(extractor: FeatureExtractor) -> MultiCrop:
 
 
 def _protocol(extractor: FeatureExtractor, samples: Samples) -> dict[str, object]:
-    card = extractor.card
     about: dict[str, object] = {
         "features": "backbone output (of a ViT: normalised CLS token), before any head",
         "network": extractor.options.network,
         "images": samples.images,
         "alpha_range": [ALPHA_FIRST, ALPHA_LAST],
-        "resize": card.resize,
-        "crop": card.crop,
-        "interpolation": "bicubic",
-        "mean": list(card.mean),
-        "std": list(card.std),
-        "max_pixel_value": card.max_pixel_value,
+        **extractor.preparation,
+        "max_pixel_value": extractor.card.max_pixel_value,
     }
     if samples.views:
         crops = _crops(extractor)

@@ -24,6 +24,7 @@ from dinoscale.data.sources.folder import FolderSource
 from dinoscale.data.sources.mixture import left_out_counts
 from dinoscale.data.sources.source import Source
 from dinoscale.errors import ConfigError, DataError
+from dinoscale.evaluate.any_size import image_mode
 from dinoscale.evaluate.classification.knn import TEST_CHUNK, nearest_neighbours
 from dinoscale.evaluate.frozen_backbone import (
     DEFAULT_EXTRACTION,
@@ -207,9 +208,7 @@ def evaluate_made_copies(
     if queries < 1 or seed < 0:
         raise ConfigError(f"need queries > 0 and seed >= 0, got {queries} and {seed}")
     detection = _CopyDetection(weights_path, settings, options)
-    channels = detection.card.backbone.in_chans
-    if channels not in (1, 3):
-        raise ConfigError(f"copies are made of 1 or 3 channels, not {channels}")
+    image_mode(channels=detection.card.backbone.in_chans)
     source = detection.open(spec)
     chosen = np.sort(np.random.default_rng(seed).permutation(len(source))[:queries]).tolist()
     positives = [(number,) for number in chosen]
@@ -321,8 +320,7 @@ class _CopyDetection:
             "whitening": self._settings.whitening,
             "depth": DEPTH,
             "average_precision": "trapezoids",
-            "mean": list(self.card.mean),
-            "std": list(self.card.std),
+            **self._extractor.normalisation,
             "headline": f"block {HEADLINE} if there is one, else the mean over the blocks",
             "floor": "expectation of a random order",
         }

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dinoscale.errors import ConfigError
+from dinoscale.evaluate.any_size import find_patch_size
 
 GEM_POWER = 4.0
 GEM_LEAST = 1e-6  # minimum of the patch values; smaller ones are clamped
@@ -28,13 +28,10 @@ class CopyDescriptor(nn.Module):
         """Wrap a backbone.
 
         Raises:
-            ConfigError: it has no patch tokens.
+            ConfigError: it is no ViT.
         """
         super().__init__()
-        if not callable(getattr(backbone, "features", None)):
-            raise ConfigError(
-                f"copies need the patches of a ViT, this is a {type(backbone).__name__}"
-            )
+        self._patch = find_patch_size(backbone)
         self.backbone = backbone
 
     def forward(self, crops: Sequence[Tensor]) -> Tensor:
@@ -44,8 +41,7 @@ class CopyDescriptor(nn.Module):
             crops: one tensor (N, C, H, W), normalised pixels.
         """
         (images,) = crops
-        patch = int(self.backbone.patch_size)  # type: ignore[arg-type]  # an int of every ViT
-        num_patches = (images.shape[2] // patch) * (images.shape[3] // patch)
+        num_patches = (images.shape[2] // self._patch) * (images.shape[3] // self._patch)
         tokens: Tensor = self.backbone.features(images)  # type: ignore[operator]  # as checked
         return torch.cat((tokens[:, 0], generalized_mean(tokens[:, -num_patches:])), dim=1)
 

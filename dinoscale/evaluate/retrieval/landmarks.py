@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from dinoscale.data.augmentation.normalize import normalize_images
 from dinoscale.data.decoding.decode import Decoder
 from dinoscale.data.sources.image_files import read_image_file
 from dinoscale.errors import ConfigError, DataError
+from dinoscale.evaluate.any_size import image_mode
 from dinoscale.evaluate.features import require_finite
 from dinoscale.evaluate.frozen_backbone import (
     DEFAULT_LOADING,
@@ -78,28 +80,18 @@ def evaluate_landmarks(
     if size < 1:
         raise ConfigError(f"imsize: need a number of pixels above 0, got {size}")
     loaded = load_frozen(weights_path, options)
-    channels = loaded.card.backbone.in_chans
-    if channels not in (1, 3):
-        raise ConfigError(f"retrieve needs 1 or 3 channels, these have {channels}")
+    image_mode(channels=loaded.card.backbone.in_chans)
     truth = read_ground_truth(ground_truth)
-    database, queries = (_paths(Path(images), names) for names in (truth.images, truth.queries))
-
-    def measure(loaded: LoadedBackbone) -> Scores:
-        network = MultiScale(loaded.backbone) if multi_scale else loaded.backbone
-        bank, query_features = (
-            describe_files(network, paths, card=loaded.card, size=size, progress=options.progress)
-            for paths in (database, queries)
-        )
-        return score_setups(_rankings(query_features, bank), truth.truths)
-
+    sets = [_paths(Path(images), names) for names in (truth.images, truth.queries)]
+    measure = partial(_measure, sets=sets, truth=truth, size=size, multi_scale=multi_scale)
     score = measure(loaded)
     if not score:
         raise DataError(f"{ground_truth}: no query has an easy or hard image.")
     data = {"images": str(images), "ground_truth": str(ground_truth)}
-    protocol = _protocol(loaded.card, size=size, multi_scale=multi_scale)
+    protocol = _protocol(loaded, size=size, multi_scale=multi_scale)
     report = loaded.report(
         "retrieve",
-        data={**data, "database": len(database), "queries": len(queries)},
+        data={**data, "database": len(sets[0]), "queries": len(sets[1])},
         protocol={"network": options.network, **protocol},
         score=score,
         floors=_random(truth),
@@ -109,7 +101,25 @@ def evaluate_landmarks(
     return report
 
 
-def _protocol(card: BackboneCard, *, size: int, multi_scale: bool) -> dict[str, object]:
+def _measure(
+    loaded: LoadedBackbone,
+    *,
+    sets: Sequence[Sequence[Path]],
+    truth: GroundTruth,
+    size: int,
+    multi_scale: bool,
+) -> Scores:
+    """Scores of a network on the files of the database and of the queries."""
+    network = MultiScale(loaded.backbone) if multi_scale else loaded.backbone
+    shown = loaded.options.progress
+    bank, queries = (
+        describe_files(network, paths, card=loaded.card, size=size, progress=shown)
+        for paths in sets
+    )
+    return score_setups(_rankings(queries, bank), truth.truths)
+
+
+def _protocol(loaded: LoadedBackbone, *, size: int, multi_scale: bool) -> dict[str, object]:
     return {
         "method": "cosine similarity of whole images, no whitening; junk is left out of rankings",
         "features": "backbone output (of a ViT: normalised CLS token), L2-normalised",
@@ -117,8 +127,7 @@ def _protocol(card: BackboneCard, *, size: int, multi_scale: bool) -> dict[str, 
         "imsize": size,
         "interpolation": "Lanczos",
         "scales": list(SCALES) if multi_scale else [1.0],
-        "mean": list(card.mean),
-        "std": list(card.std),
+        **loaded.normalisation,
         "floor": "expectation of a random order",
     }
 

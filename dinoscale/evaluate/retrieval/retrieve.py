@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from dinoscale.convert.card import BackboneCard
 from dinoscale.data.sources.mixture import left_out_counts
 from dinoscale.data.sources.source import Source
 from dinoscale.errors import ConfigError, DataError
@@ -78,7 +77,7 @@ def evaluate_retrieve(
         "left_out": left_out_counts(source),
         "queries": len(chosen),
     }
-    protocol = _protocol(extractor.card, multi_scale=multi_scale)
+    protocol = _protocol(extractor, multi_scale=multi_scale)
     report = extractor.report(
         "retrieve",
         data=data,
@@ -110,17 +109,16 @@ def _measure(
     return score_labels(features, labels, chosen, progress=progress), labels, chosen
 
 
-def _protocol(card: BackboneCard, *, multi_scale: bool) -> dict[str, object]:
+def _protocol(extractor: FeatureExtractor, *, multi_scale: bool) -> dict[str, object]:
     return {
         "method": "cosine similarity; images of the class of the query are right, the query "
         "itself is left out",
         "features": "backbone output (of a ViT: normalised CLS token), L2-normalised",
         "average_precision": "step rule",
         "scales": list(SCALES) if multi_scale else [1.0],
-        "resize": card.resize,
-        "crop": card.crop,
-        "mean": list(card.mean),
-        "std": list(card.std),
+        "resize": extractor.card.resize,
+        "crop": extractor.card.crop,
+        **extractor.normalisation,
         "floor": "expectation of a random order",
     }
 

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from dinoscale.convert.card import BackboneCard
 from dinoscale.data.decoding.decode import Decoder
 from dinoscale.data.sources.videos import VOID, Video, object_numbers, open_videos
-from dinoscale.errors import ConfigError, DataError
+from dinoscale.errors import DataError
+from dinoscale.evaluate.any_size import find_patch_size
 from dinoscale.evaluate.dense.mask_pictures import compare, save_animation, save_mask
 from dinoscale.evaluate.dense.mask_scores import TOLERANCE, boundary_measure, region_similarity
 from dinoscale.evaluate.frozen_backbone import (
@@ -78,25 +79,12 @@ def evaluate_video(
     settings = settings or Settings()
     settings.check()
     loaded = load_frozen(weights_path, options)
-    if not hasattr(loaded.backbone, "features"):
-        raise ConfigError(f"video needs the patches of a ViT; {loaded.card.backbone.name} has none")
+    find_patch_size(loaded.backbone)
     videos = open_videos(spec, names=names)
     if out is None and not any(map(_scored_frames, videos)):
         raise DataError(f"{spec}: only the first frames have masks. Give --out to write the others")
     folders = [None] * len(videos) if out is None else _folders(Path(out), videos)
-    fresh = loaded.untrained() if untrained else None
-    found: list[dict[str, Any]] = []
-    total = sum(len(video.frames) for video in videos) * (2 if untrained else 1)
-    with tqdm(total=total, unit="frame", **bar_options(shown=options.progress)) as bar:
-        for video, folder in zip(videos, folders, strict=True):
-            bar.set_description(video.name)
-            scores = _measure(loaded, video, settings=settings, folder=folder, bar=bar)
-            if fresh is not None:
-                baseline = _measure(fresh, video, settings=settings, folder=None, bar=bar)
-                scores["untrained"] = baseline["score"]
-            if folder is not None:
-                _save_scores(scores, folder)
-            found.append(scores)
+    found = _measure_all(loaded, videos, folders, settings=settings, untrained=untrained)
     report = loaded.report(
         "video",
         spec=spec,
@@ -107,6 +95,31 @@ def evaluate_video(
     if untrained:
         report["untrained"] = _mean(found, "untrained")
     return {**report, "sequences": found, "out": None if out is None else str(out)}
+
+
+def _measure_all(
+    loaded: LoadedBackbone,
+    videos: Sequence[Video],
+    folders: Sequence[Path | None],
+    *,
+    settings: Settings,
+    untrained: bool,
+) -> list[dict[str, Any]]:
+    """Track the objects of all videos; each is written as soon as it is done."""
+    fresh = loaded.untrained() if untrained else None
+    found: list[dict[str, Any]] = []
+    total = sum(len(video.frames) for video in videos) * (2 if untrained else 1)
+    with tqdm(total=total, unit="frame", **bar_options(shown=loaded.options.progress)) as bar:
+        for video, folder in zip(videos, folders, strict=True):
+            bar.set_description(video.name)
+            scores = _measure(loaded, video, settings=settings, folder=folder, bar=bar)
+            if fresh is not None:
+                baseline = _measure(fresh, video, settings=settings, folder=None, bar=bar)
+                scores["untrained"] = baseline["score"]
+            if folder is not None:
+                _save_scores(scores, folder)
+            found.append(scores)
+    return found
 
 
 def _save_scores(scores: Mapping[str, Any], folder: Path) -> None:
