@@ -98,8 +98,6 @@ def add_extraction(task: argparse.ArgumentParser, *, crop: str) -> None:
     add_sizes(task, crop=crop)
     add_batch_size(task)
     add_num_workers(task, of_rank=" of each rank")
-    add_untrained(task)
-    add_no_cache(task)
 
 
 def add_whole_size(task: argparse.ArgumentParser, *, also: str = "") -> None:

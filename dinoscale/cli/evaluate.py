@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from dinoscale.cli.arguments import (
     add_extraction,
     add_labelled_sets,
+    add_no_cache,
+    add_untrained,
     add_weights,
     extraction_options,
 )
@@ -131,10 +133,12 @@ def _add_knn(tasks: SubCommands) -> None:
     knn.add_argument(
         "--k", type=int, nargs="+", help="numbers of neighbours, default 10 20 100 200"
     )
+    add_extraction(knn, crop=" that the network sees")
     knn.add_argument(
         "--pixels", action="store_true", help="also measure 16 x 16 pixels as features"
     )
-    add_extraction(knn, crop=" that the network sees")
+    add_untrained(knn)
+    add_no_cache(knn)
     knn.set_defaults(run=_evaluate_knn)
 
 

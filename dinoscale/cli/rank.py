@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from dinoscale.cli.arguments import (
     add_extraction,
+    add_no_cache,
     add_number,
+    add_untrained,
     add_weights,
     extraction_options,
 )
@@ -45,6 +47,8 @@ def add_rank(tasks: SubCommands) -> None:
     add_number(rank, "--lidar-images", "images of LiDAR", default=1000)
     add_number(rank, "--views", "views of each image of LiDAR; 0 leaves it out", default=50)
     add_extraction(rank, crop=", and of a view")
+    add_untrained(rank)
+    add_no_cache(rank)
     rank.set_defaults(run=_evaluate_rank)
 
 
