@@ -104,13 +104,13 @@ def knn_accuracy(
     num_train = len(train_features)
     if too_many := [k for k in ks if k > num_train]:
         log.warning("k = %s: the bank has only %d images, using all", too_many, num_train)
-    sizes = {"chunk_size": chunk_size, "bank_chunk_size": bank_chunk_size}
-    answer = partial(_answers_of_rank, *sets, ks=ks, temp=temp, **sizes, on_chunk=on_chunk)
+    chunks = chunk_size, bank_chunk_size
+    answer = partial(_answers_of_rank, *sets, ks=ks, temp=temp, chunks=chunks, on_chunk=on_chunk)
     answers = distributed.all_reduce_sum(distributed.together(answer))  # others' images are 0
     percent = (100 * answers[..., 1:].sum(1).double() / len(test_labels)).tolist()
     return {
-        k: KnnResult(k, min(k, num_train), *of_k, answer[:, 0], answer[:, 1] > 0)
-        for k, of_k, answer in zip(ks, percent, answers, strict=True)
+        k: KnnResult(k, min(k, num_train), top1, top5, answer[:, 0], answer[:, 1] > 0)
+        for k, (top1, top5), answer in zip(ks, percent, answers, strict=True)
     }
 
 
@@ -122,8 +122,7 @@ def _answers_of_rank(
     *,
     ks: Sequence[int],
     temp: float,
-    chunk_size: int,
-    bank_chunk_size: int,
+    chunks: tuple[int, int],
     on_chunk: Callable[[], None],
 ) -> Tensor:
     """Class, and whether it and one of the top five are right, of the images of this rank's chunks.
@@ -131,6 +130,7 @@ def _answers_of_rank(
     Returns:
         (number of ks, M, 3) int64, zero for the images of other ranks.
     """
+    chunk_size, bank_chunk_size = chunks
     most = min(max(ks), len(train_features))
     num_classes = int(max(train_labels.max(), test_labels.max())) + 1
     answers = test_labels.new_zeros(len(ks), len(test_labels), 3)
