@@ -93,6 +93,22 @@ class Backbone(nn.Module):
             for tokens in network.intermediate(images, n)  # each (N, 1 + registers + P, D)
         ]
 
+    def intermediate_maps(self, images: Tensor, n: int = 1) -> list[Tensor]:
+        """Return the patch tokens of images (N, C, H, W) after each of the last n blocks, as maps.
+
+        All pass the final norm; the last block comes last. A dense head takes one of them, or all
+        joined by `torch.cat(maps, dim=1)`.
+
+        Returns:
+            n tensors (N, D, R, S).
+
+        Raises:
+            ValueError: as `intermediate`.
+        """
+        self._require_whole_patches(images)
+        maps = self._vit().patch_maps(images, n)  # each (N, R, S, D)
+        return [of_block.permute(0, 3, 1, 2) for of_block in maps]
+
     def attention_maps(self, images: Tensor) -> Tensor:
         """Return the class token's attention to the patches in the last block: (N, heads, R, S).
 

@@ -46,6 +46,18 @@ def test_features_agree_with_each_other_at_any_size(tmp_path: Path, name: str) -
     torch.testing.assert_close(maps[0, 0, 1, 0], row[0, 0, 1 + registers + 7])
 
 
+def test_the_last_blocks_are_maps_of_their_patches(tmp_path: Path) -> None:
+    model, _ = dinoscale.load_backbone(_weights(tmp_path, name="vit_small_patch14_reg4_dinov2"))
+    images = torch.rand(2, 3, 40, 56)
+    maps, tokens = model.intermediate_maps(images, 2), model.intermediate(images, 2)
+    assert [of_block.shape for of_block in maps] == [(2, 48, 5, 7)] * 2
+    for of_block, features in zip(maps, tokens, strict=True):
+        assert torch.equal(of_block[:, :, 3, 2], features.patches[:, 3 * 7 + 2])
+    for images, n in ((torch.rand(1, 3, 40, 55), 1), (torch.rand(1, 3, 40, 56), 3)):
+        with pytest.raises(ValueError, match=r"multiples of the patch size|1 <= n <= 2"):
+            model.intermediate_maps(images, n)
+
+
 def test_attention_maps_do_not_hold_all_pairs_of_tokens(tmp_path: Path) -> None:
     model, _ = dinoscale.load_backbone(_weights(tmp_path))
     images = torch.zeros(1, 3, 256, 256)  # 1025 tokens, 3 heads: 12.6 MB of pairs
