@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dinoscale.evaluate.classification.answers import Details
     from dinoscale.evaluate.frozen_backbone import ExtractionOptions, LoadOptions
 
     SubCommands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -45,6 +46,27 @@ def add_labelled_sets(task: argparse.ArgumentParser) -> None:
     """Add --train and --test."""
     for option in ("--train", "--test"):
         task.add_argument(option, required=True, metavar="DATA", help=LABELLED_HELP)
+
+
+def add_details(task: argparse.ArgumentParser) -> None:
+    """Add --per-class and --predictions."""
+    task.add_argument(
+        "--per-class",
+        action="store_true",
+        help="also report the accuracy of each class, and the confusion matrix",
+    )
+    task.add_argument(
+        "--predictions",
+        metavar="FILE.npz|FILE.csv",
+        help="write the answer for each test image to this file",
+    )
+
+
+def details_of(options: argparse.Namespace) -> Details:
+    """What to report of single images, by the options of `add_details`."""
+    from dinoscale.evaluate.classification.answers import Details
+
+    return Details(per_class=options.per_class, predictions=options.predictions)
 
 
 def add_untrained(task: argparse.ArgumentParser) -> None:

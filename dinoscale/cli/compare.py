@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dinoscale.reports.comparison.runs import Job
 
 _DRAWING = ("attention", "segment", "pca", "video")  # tasks with --out DIR for pictures
+_ANSWERING = ("knn", "linear", "logistic", "finetune", "probe")  # tasks with --predictions FILE
 
 
 def add_compare(tasks: SubCommands, add_tasks: Callable[[SubCommands], None]) -> None:
@@ -36,8 +37,9 @@ def add_compare(tasks: SubCommands, add_tasks: Callable[[SubCommands], None]) ->
         " equal protocols, data and code share a column. Every result is saved in DIR/results at"
         " once, and the same command run again measures only those that are missing or whose"
         " weights, images or code have changed. If a task fails, the table shows its error, the"
-        " others go on, and the exit code is 2. Writes DIR/compare.html, one file that needs no"
-        " network, and DIR/compare.json.",
+        " others go on, and the exit code is 2. Of classifiers it also tests, image by image, which"
+        " differences are more than chance (McNemar). Writes DIR/compare.html, one file that needs"
+        " no network, and DIR/compare.json.",
         epilog="example: dinoscale evaluate compare a.safetensors b.safetensors --out comparison/"
         " --task 'knn --train /data/train --test /data/val' --task 'video DAVIS'",
     )
@@ -111,10 +113,11 @@ def line_parser(add_tasks: Callable[[SubCommands], None]) -> argparse.ArgumentPa
 
 
 def split_line(line: str) -> tuple[str, list[str]]:
-    """Task and options of a line; ValueError if it has --out."""
+    """Task and options of a line; ValueError if it has --out or --predictions."""
     task, *words = shlex.split(line) or [""]
-    if any(word.split("=")[0] == "--out" for word in words):
-        raise ValueError("--out: compare chooses the folder of every result. Leave it out.")
+    for word in words:
+        if (option := word.split("=")[0]) in ("--out", "--predictions"):
+            raise ValueError(f"{option}: compare chooses the place of every result. Leave it out.")
     return task, words
 
 
@@ -133,6 +136,8 @@ def _job(parser: argparse.ArgumentParser, weights: str, line: str, folder: Path)
         task, words = split_line(line)
         result = result_path(folder, weights, [task, *words])
         place = ["--out", str(result.with_suffix(""))] if task in _DRAWING else []
+        if task in _ANSWERING:
+            place = ["--predictions", str(result.with_suffix(".npz"))]
         options = parser.parse_args([task, weights, *words, *place])
     except ValueError as error:
         raise ConfigError(f"--task {line!r}: {error}") from error

@@ -9,11 +9,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dinoscale.cli.arguments import (
+    add_details,
     add_extraction,
     add_labelled_sets,
     add_no_cache,
     add_untrained,
     add_weights,
+    details_of,
     extraction_options,
 )
 from dinoscale.cli.compare import add_compare, line_parser, split_line
@@ -31,7 +33,17 @@ log = logging.getLogger(__name__)
 
 Measure = Callable[[argparse.Namespace], dict[str, Any]]
 
-_SHARED = ("knn", "rank")  # tasks whose work the ranks of a launcher share
+_SHARED = ("knn", "logistic", "probe", "rank")  # tasks whose work the ranks of a launcher share
+# Why the other tasks do not.
+_ALONE = {
+    "linear": "the crops of every step are forwarded by one (with --no-augmentation, ranks share"
+    " the features)",
+    "finetune": "its training is not distributed",
+    "pca": "its components are those of all patches together",
+    "video": "every frame depends on those before it",
+    **dict.fromkeys(("attention", "segment"), "its images, of any size, are seen one by one"),
+    **dict.fromkeys(("retrieve", "copies"), "one ranks all images for every query"),
+}
 _BASELINES = {"untrained": "the same network untrained", "floors": "without a network"}
 
 
@@ -45,8 +57,8 @@ def add_evaluate(commands: SubCommands) -> None:
         " first number is the headline), `protocol` (all settings that change it), `floors` and"
         " `untrained` (baselines that it should beat, if the task has them), and `made_from`"
         " (digests of the files that were read, of the options and of the code). Under a launcher"
-        " the ranks of `knn` and `rank` share the images; the other tasks run in one process and"
-        " refuse several.",
+        " the ranks of `knn`, `logistic`, `probe`, `rank` and `linear --no-augmentation` share the"
+        " images; the other tasks run in one process and refuse several.",
         epilog="example: dinoscale evaluate knn weights.safetensors --train /data/train"
         " --test /data/val > knn.json",
     )
@@ -83,10 +95,11 @@ def _add_measurements(tasks: SubCommands) -> None:
 
 def _report(measure: Measure, options: argparse.Namespace) -> dict[str, Any] | None:
     """Measure, on all ranks if they share the work, else in one process; rank 0 reports."""
-    if options.task in _SHARED:
+    if options.task in _SHARED or getattr(options, "no_augmentation", False):
         report = on_all_ranks(lambda: _measured(measure, options))
     else:
-        require_one_process(f"evaluate {options.task}")
+        reason = _ALONE.get(options.task, "")
+        require_one_process(f"evaluate {options.task}", reason=reason)
         report = _measured(measure, options)
     if report is not None:
         _say_score(report)
@@ -139,6 +152,7 @@ def _add_knn(tasks: SubCommands) -> None:
     )
     add_untrained(knn)
     add_no_cache(knn)
+    add_details(knn)
     knn.set_defaults(run=_evaluate_knn)
 
 
@@ -152,5 +166,6 @@ def _evaluate_knn(options: argparse.Namespace) -> dict[str, Any]:
         ks=options.k or KS,
         pixels=options.pixels,
         untrained=options.untrained,
+        details=details_of(options),
         options=extraction_options(options, batch_size=options.batch_size),
     )

@@ -6,12 +6,16 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from dinoscale.cli.arguments import (
+    LABELLED_HELP,
+    add_batch_size,
+    add_details,
     add_labelled_sets,
     add_no_cache,
     add_num_workers,
     add_number,
     add_untrained,
     add_weights,
+    details_of,
     extraction_options,
 )
 
@@ -22,6 +26,8 @@ _SAVED = (
     "(FILE-best.safetensors), after each measurement; the same command resumes an interrupted"
     " training from FILE.safetensors.resume"
 )
+_JUDGED = "; `evaluate probe` judges other test sets by it"
+_OWN = ", default that of the training"
 _SETS = "--train /data/train --test /data/val"
 
 
@@ -30,6 +36,7 @@ def add_probes(tasks: SubCommands) -> None:
     _add_linear(tasks)
     _add_logistic(tasks)
     _add_finetune(tasks)
+    _add_probe(tasks)
 
 
 def _add_linear(tasks: SubCommands) -> None:
@@ -55,7 +62,8 @@ def _add_linear(tasks: SubCommands) -> None:
     linear.add_argument(
         "--out",
         metavar="FILE.safetensors",
-        help=f"also write the best classifier of the last measurement, and of all {_SAVED}",
+        help="also write the best classifier of the last measurement, and of all"
+        f" {_SAVED}{_JUDGED}",
     )
     linear.add_argument(
         "--no-augmentation",
@@ -82,6 +90,9 @@ def _add_logistic(tasks: SubCommands) -> None:
         nargs="+",
         metavar="C",
         help="inverse strengths of the penalty to choose from, default 45 from 1e-6 to 1e5",
+    )
+    logistic.add_argument(
+        "--out", metavar="FILE.safetensors", help=f"also write the classifier{_JUDGED}"
     )
     logistic.set_defaults(run=_evaluate_logistic)
 
@@ -110,9 +121,49 @@ def _add_finetune(tasks: SubCommands) -> None:
     finetune.add_argument(
         "--out",
         metavar="FILE.safetensors",
-        help=f"also write the backbone of the last epoch, and of the best {_SAVED}",
+        help=f"also write the backbone of the last epoch, and of the best {_SAVED}; their"
+        f" classifiers are FILE-head.safetensors and FILE-best-head.safetensors{_JUDGED}",
     )
     finetune.set_defaults(run=_evaluate_finetune)
+
+
+def _add_probe(tasks: SubCommands) -> None:
+    probe = tasks.add_parser(
+        "probe",
+        help="accuracy of a kept classifier on another test set",
+        description="Judge a classifier that `linear`, `logistic` or `finetune` wrote with --out by"
+        " another test set, on the features of the WEIGHTS that it was trained on (of `finetune`,"
+        " those written beside it). Classes are matched by the names of their folders. The set may"
+        " have some of them only, as ImageNet-R and -A: then these alone compete, and"
+        " top1_all_classes is the accuracy among all. Under torchrun, deepspeed or srun the ranks"
+        " share the images.",
+        epilog="example: dinoscale evaluate probe weights.safetensors --probe linear.safetensors"
+        " --test /data/imagenet-r",
+    )
+    add_weights(probe)
+    probe.add_argument(
+        "--probe", required=True, metavar="FILE.safetensors", help="the classifier's file"
+    )
+    probe.add_argument("--test", required=True, metavar="DATA", help=LABELLED_HELP)
+    add_number(probe, "--resize", f"short side of an image before the crop{_OWN}", metavar="PIXELS")
+    add_number(probe, "--crop", f"side of the center crop{_OWN}", metavar="PIXELS")
+    add_batch_size(probe)
+    add_num_workers(probe, of_rank=" of each rank")
+    add_no_cache(probe)
+    add_details(probe)
+    probe.set_defaults(run=_evaluate_probe)
+
+
+def _evaluate_probe(options: argparse.Namespace) -> dict[str, Any]:
+    from dinoscale.evaluate.classification.kept_probe import evaluate_probe
+
+    return evaluate_probe(
+        options.weights,
+        options.probe,
+        options.test,
+        details=details_of(options),
+        options=extraction_options(options, batch_size=options.batch_size),
+    )
 
 
 def _add_common(task: argparse.ArgumentParser) -> None:
@@ -125,6 +176,7 @@ def _add_common(task: argparse.ArgumentParser) -> None:
     )
     add_num_workers(task)
     add_no_cache(task)
+    add_details(task)
 
 
 def _common(options: argparse.Namespace) -> dict[str, Any]:
@@ -136,6 +188,7 @@ def _common(options: argparse.Namespace) -> dict[str, Any]:
         "seed": options.seed,
         "untrained": options.untrained,
         "log_path": options.log,
+        "details": details_of(options),
         "options": extraction_options(options),
     }
 
@@ -164,6 +217,7 @@ def _evaluate_logistic(options: argparse.Namespace) -> dict[str, Any]:
 
     return evaluate_logistic(
         cs=options.c or CS,
+        out=options.out,
         **_common(options),
     )
 

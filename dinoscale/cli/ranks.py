@@ -52,7 +52,7 @@ def tell_others(error: Exception) -> None:
             distributed.start(process, startup_error=error)
 
 
-def require_one_process(command: str, remedy: str = "") -> None:
+def require_one_process(command: str, remedy: str = "", *, reason: str = "") -> None:
     """Refuse several processes, each of which would do all the work; rank 0 reports it.
 
     Call it before anything is read or written.
@@ -60,6 +60,7 @@ def require_one_process(command: str, remedy: str = "") -> None:
     Args:
         command: words after `dinoscale`.
         remedy: what to do instead; by default, to start it without a launcher.
+        reason: why it is refused, in words.
 
     Raises:
         LaunchError: a launcher has started several processes, and this is rank 0.
@@ -71,7 +72,7 @@ def require_one_process(command: str, remedy: str = "") -> None:
     if process.rank:
         raise SystemExit(LaunchError.exit_code)
     raise LaunchError(
-        f"{command} runs in one process, not in {process.world_size}."
+        f"{command} runs in one process, not in {process.world_size}{reason and f': {reason}'}."
         f" {remedy or f'Start it as `dinoscale {command} ...`.'}"
     )
 

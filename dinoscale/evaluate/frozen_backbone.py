@@ -166,17 +166,21 @@ class FeatureExtractor(LoadedBackbone):
         arguments = self._arguments(output_key=output_key, progress=progress)
         return extract_features(self.backbone if network is None else network, source, **arguments)
 
-    def unlabelled(self, source: Source) -> tuple[Tensor, Tensor]:
-        """The backbone's output (N, D) for the readable images, and their numbers (N,).
+    def unlabelled(
+        self,
+        source: Source,
+        network: nn.Module | None = None,
+        *,
+        output_key: str | None = OUTPUT,
+        progress: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """Features (N, D) of the readable images, and their numbers in the source (N,).
 
-        Args:
-            source: images of `open`; all ranks of a job call this.
-
-        Raises:
-            NonFiniteError: a feature is not a finite number.
+        Arguments and errors as of `features`, but the images need no labels.
         """
-        arguments = self._arguments(output_key=OUTPUT, progress=True)
-        return extract_unlabelled(self.backbone, source, **arguments)
+        arguments = self._arguments(output_key=output_key, progress=progress)
+        network = self.backbone if network is None else network
+        return extract_unlabelled(network, source, **arguments)
 
     def _arguments(self, *, output_key: str | None, progress: bool) -> dict[str, Any]:
         """How to extract."""

@@ -19,15 +19,25 @@ WEIGHTS = "weights"  # the option
 # Options of tasks that name input files.
 _INPUTS = (
     *(WEIGHTS, "train", "test", "data", "images", "masks", "sequences", "ground_truth"),
-    *("originals", "queries", "distractors", "pairs", "whitening"),
+    *("originals", "queries", "distractors", "pairs", "whitening", "probe"),
 )
 # Options that change no number: where to write, how to read, and what the parser adds.
-_WITHOUT_EFFECT = {"command", "log", "no_cache", "num_workers", "out", "run", "sheet"}
+_WITHOUT_EFFECT = {
+    "command",
+    "log",
+    "no_cache",
+    "num_workers",
+    "out",
+    "predictions",
+    "run",
+    "sheet",
+}
 _MODULES = {
     **{task: (f"classification.{task}",) for task in ("finetune", "knn", "linear", "logistic")},
     "attention": ("dense.attention", "dense.attention_files"),
     **{task: (f"dense.{task}",) for task in ("pca", "segment")},
     "copies": ("retrieval.copies",),
+    "probe": ("classification.kept_probe",),
     "rank": ("label_free.rank",),
     "retrieve": ("retrieval.landmarks", "retrieval.retrieve"),
     "video": ("video.davis",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -13,10 +14,16 @@ from torch import Tensor
 
 from dinoscale.data.decoding.decode import BadSampleError, Picture
 from dinoscale.errors import DataError
+from dinoscale.evaluate.classification.answers import Details
 from dinoscale.evaluate.classification.knn import KnnResult, knn_accuracy
+from dinoscale.evaluate.classification.linear import evaluate_linear
+from dinoscale.evaluate.classification.linear_protocols import GridProtocol
+from dinoscale.evaluate.classification.logistic import evaluate_logistic
 from dinoscale.evaluate.features import extract_features, pixel_features
+from dinoscale.evaluate.frozen_backbone import ExtractionOptions
 from dinoscale.models.zoo import build_backbone
 from tests.harness import run_distributed
+from tests.unit.evaluate.tiny_files import save_weights
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
@@ -102,6 +109,34 @@ def test_every_rank_gets_what_one_process_gets(world_size: int) -> None:
         for name, (rows, labels) in alone.items():
             assert torch.equal(of_rank[name][0], rows), name
             assert torch.equal(of_rank[name][1], labels), name
+
+
+def probe(weights: str) -> dict[str, str]:
+    """Reports of the tasks whose extraction is shared and whose training is rank 0's."""
+    torch.set_num_threads(1)
+    sets = [f"synthetic:shapes?images=41&size=16&split={split}" for split in ("train", "test")]
+    options = ExtractionOptions(num_workers=0, batch_size=BATCH, progress=False, device="cpu")
+    how = {"untrained": True, "details": Details(per_class=True), "options": options}
+    grid = GridProtocol(iterations=3, batch_size=8)
+    reports = {
+        "logistic": evaluate_logistic(weights, *sets, cs=(1.0, 10.0), **how),  # type: ignore[arg-type]  # several types
+        "linear": evaluate_linear(weights, *sets, protocol=grid, augment=False, **how),  # type: ignore[arg-type]  # several types
+    }
+    return {name: json.dumps(report) for name, report in reports.items()}
+
+
+def test_probes_on_two_ranks_are_those_of_one_process(tmp_path: Path) -> None:
+    weights = save_weights(tmp_path / "weights.safetensors")
+    threads = torch.get_num_threads()
+    alone = probe(str(weights))
+    torch.set_num_threads(threads)
+    for of_rank in run_distributed(
+        "tests.distributed.test_shared_features:probe",
+        world_size=2,
+        timeout_s=120,
+        weights=str(weights),
+    ):
+        assert of_rank == alone
 
 
 def fail_on_rank_1() -> tuple[str, int]:

@@ -63,6 +63,7 @@ MORE: dict[str, list[str]] = {
     "evaluate knn": shlex.split(_FEW),
     "evaluate linear": shlex.split(f"{_FEW} --no-augmentation --iterations 2"),
     "evaluate logistic": shlex.split(f"{_FEW} --c 1"),
+    "evaluate probe": shlex.split(_FEW),
     "evaluate finetune": shlex.split(f"{_FEW} --epochs 1"),
     "evaluate attention": ["--size", "32"],
     "evaluate segment": ["--size", "32"],

@@ -48,6 +48,11 @@ class Classes:
     names: dict[int, tuple[str, ...]]
     numbers: dict[int, int]
 
+    def name(self, number: int) -> str:
+        """The first name of a class, else its number, for reports."""
+        known = self.names.get(number)
+        return known[0] if known else str(self.numbers.get(number, number))
+
     def shown(self, number: int) -> str:
         """A class for messages."""
         known = self.names.get(number)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 TOP = 5  # classes that count for the top-5 accuracy
@@ -25,10 +26,20 @@ def num_correct(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Two int64 counts, each () or (G,).
     """
+    hits = _ranked(logits) == labels.view(-1, *[1] * (logits.ndim - 1))
+    return hits[..., 0].sum(dim=0), hits.any(dim=-1).sum(dim=0)
+
+
+def answers(logits: Tensor) -> Tensor:
+    """The class with the highest score, (N,) of (N, C), as `num_correct` counts it; -1 for none."""
+    return _ranked(logits)[..., 0]
+
+
+def _ranked(logits: Tensor) -> Tensor:
+    """The five classes with the highest scores, the highest first; -1 where none counts."""
     scores, best = logits.topk(min(TOP, logits.shape[-1]), dim=-1)
     counted = scores.isfinite() & ~logits.isnan().any(dim=-1, keepdim=True)
-    hits = counted & (best == labels.view(-1, *[1] * (logits.ndim - 1)))
-    return hits[..., 0].sum(dim=0), hits.any(dim=-1).sum(dim=0)
+    return torch.where(counted, best, -1)
 
 
 def percent(top1: int, top5: int, *, images: int, num_classes: int) -> dict[str, float]:

@@ -26,7 +26,8 @@ from dinoscale.data.augmentation.labelled_crops import FLIP_PROB, SCALE
 from dinoscale.engine.param_groups import DECAY, build_optimizer
 from dinoscale.engine.schedules import cosine
 from dinoscale.errors import ConfigError, NonFiniteError
-from dinoscale.evaluate.classification.accuracy import choose_best, num_correct, percent
+from dinoscale.evaluate.classification.accuracy import answers, choose_best, num_correct, percent
+from dinoscale.evaluate.classification.answers import NO_DETAILS, Details
 from dinoscale.evaluate.classification.inputs import (
     ClassifierInputs,
     DrawnImages,
@@ -34,10 +35,15 @@ from dinoscale.evaluate.classification.inputs import (
     open_inputs,
     train_images,
 )
+from dinoscale.evaluate.classification.kept_probe import ProbeCard
 from dinoscale.evaluate.classification.linear_heads import INIT_STD
+from dinoscale.evaluate.classification.probe_report import Reporting
 from dinoscale.evaluate.classification.resumable_training import (
+    Best,
     State,
     check_target,
+    head_beside,
+    save_tensors,
     train_and_report,
     weights_files,
 )
@@ -110,6 +116,7 @@ def evaluate_finetune(
     untrained: bool = False,
     out: str | Path | None = None,
     log_path: str | Path | None = None,
+    details: Details = NO_DETAILS,
     options: ExtractionOptions = DEFAULT_EXTRACTION,
 ) -> dict[str, object]:
     """Train a backbone and a classifier on one labelled set, and test them on another.
@@ -121,10 +128,12 @@ def evaluate_finetune(
         recipe: how to train.
         seed: of the classifier, the order of images, their crops and stochastic depth, >= 0.
         untrained: also train the same architecture from fresh weights.
-        out: weights file for the backbone of the last epoch; `NAME-best` beside it is for the best
-            epoch. Both are written after each epoch, with the state of the training, from which
-            the same call resumes to the same numbers. None writes nothing.
+        out: weights file for the backbone of the last epoch, with `NAME-head` beside it for the
+            classifier (see `kept_probe`); `NAME-best`, `NAME-best-head` are of the best epoch. All
+            are written after each epoch, with the state of the training, from which the same call
+            resumes to the same numbers. None writes nothing.
         log_path: JSON lines, one for each epoch as soon as it is done.
+        details: what to say of the answers for single images.
         options: which network, which device, and how test images are read.
 
     Returns:
@@ -139,6 +148,7 @@ def evaluate_finetune(
         NonFiniteError: the training diverged.
     """
     recipe.check()
+    details.check()
     if seed < 0:
         raise ConfigError(f"seed: need 0 or more, got {seed}")
     target = check_target(out, weights_path)
@@ -151,8 +161,7 @@ def evaluate_finetune(
         lambda backbone: _FineTuning(backbone, inputs, recipe, seed),
         protocol={"network": options.network} | _protocol(recipe, inputs, seed=seed),
         out=target,
-        untrained=untrained,
-        log_path=log_path,
+        reporting=Reporting(untrained, log_path, details),
     )
 
 
@@ -169,8 +178,12 @@ class _FineTuning:
         self._inputs, self._recipe, self._seed = inputs, recipe, seed
         self._depth_generator = torch.Generator().manual_seed(seed)  # of stochastic depth
         self._drawn = DrawnImages(len(inputs.train))
+        self._best = Best()
         self._steps_per_epoch = math.ceil(len(inputs.train) / recipe.batch_size)
         self._total_steps = recipe.epochs * self._steps_per_epoch
+
+    def extract(self) -> None:
+        """Nothing: the features change with every step."""
 
     def measured(self, state: State | None) -> Iterator[tuple[dict[str, float], State]]:
         """Train, and yield the results and the state after each epoch.
@@ -201,18 +214,29 @@ class _FineTuning:
         self._inputs.used["train"] = self._drawn.used(self._inputs.train)
 
     def save(self, evaluations: Sequence[Mapping[str, float]], out: Path) -> None:
-        """Write the current backbone as the last, and as the best if it is."""
+        """Write the current backbone and classifier as the last, and as the best if they are."""
         card = self._inputs.card
         card = replace(card, source=f"{card.source}, fine-tuned")
+        head, backbone = self._network.head, self._network.backbone
         try:
             for target in weights_files(out, [evaluation["top1"] for evaluation in evaluations]):
-                save_backbone(target, self._network.backbone.state_dict(), card)
+                save_backbone(target, backbone.state_dict(), card)
+                tensors = {"weight": head.weight, "bias": head.bias}
+                save_tensors(head_beside(target), tensors, self._card().metadata())
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"out: {out} cannot be written ({error})") from error
 
+    def _card(self) -> ProbeCard:
+        precision = self._recipe.precision
+        assert precision is not None  # `evaluate_finetune` has chosen
+        inputs, backbone = self._inputs, self._network.backbone
+        return ProbeCard.of(
+            "finetune", inputs.extractor, backbone, inputs.train, precision=precision
+        )
+
     def chosen(self, evaluations: Sequence[dict[str, float]]) -> dict[str, object]:
         """The best epoch on the test set, and the last."""
-        return choose_best(evaluations, with_last=True)
+        return choose_best(evaluations, with_last=True) | {"answers": self._best.answers}
 
     def _load(self, state: State) -> int:
         """Restore the training; returns the first step that is left."""
@@ -220,6 +244,7 @@ class _FineTuning:
         self._optimizer.load_state_dict(state["optimizer"])
         self._depth_generator.set_state(state["noise"].cpu())
         self._drawn = DrawnImages.of(state["drawn"])
+        self._best = Best.of(state["best"])
         return int(state["step"])
 
     def _state(self, done: int) -> State:
@@ -228,7 +253,7 @@ class _FineTuning:
             "optimizer": self._optimizer.state_dict(),
         }
         now |= {"noise": self._depth_generator.get_state(), "drawn": self._drawn.state()}
-        return now | {"step": done}
+        return now | {"step": done, "best": self._best.state()}
 
     def _batches(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Augmented images and labels of each step from the first on, with a progress bar."""
@@ -278,7 +303,9 @@ class _FineTuning:
             )
         top1, top5 = num_correct(logits, labels)
         classes = inputs.num_classes
-        return percent(int(top1), int(top5), images=len(labels), num_classes=classes)
+        found = percent(int(top1), int(top5), images=len(labels), num_classes=classes)
+        self._best.offer(found["top1"], lambda: answers(logits))
+        return found
 
 
 class Classifier(nn.Module):

@@ -20,7 +20,8 @@ from dinoscale.data.augmentation.multi_crop import Interpolation
 from dinoscale.data.sources.source import Source
 from dinoscale.data.transfer import to_device
 from dinoscale.errors import DataError
-from dinoscale.evaluate.classification.labelled_sets import LabelledSets
+from dinoscale.evaluate.classification.answers import Answers, classes_of_set
+from dinoscale.evaluate.classification.labelled_sets import LabelledSets, labels_of
 from dinoscale.evaluate.features import check_labels
 from dinoscale.evaluate.frozen_backbone import (
     ExtractionOptions,
@@ -56,6 +57,14 @@ class ClassifierInputs:
         """The backbone, on `device`, in eval mode, without gradients."""
         return self.extractor.backbone
 
+    def answers(self, classes: Tensor) -> Answers:
+        """The classes that a classifier gives the test images that were used, (N,) int64."""
+        test = self.used["test"]
+        labels = self.renumber[test.labels.cpu()]
+        return Answers(
+            self.test, classes_of_set(self.train), test.numbers.cpu(), labels, classes.cpu()
+        )
+
     @property
     def card(self) -> BackboneCard:
         """How the images of the backbone are prepared."""
@@ -72,10 +81,12 @@ class UsedImages:
     """The images of a set that were used.
 
     Attributes:
-        labels: of these images, (N,) int64.
+        numbers: of these images in the set, (N,) int64.
+        labels: of these images, (N,) int64, in the set's numbers.
         unreadable: number of images that could not be read.
     """
 
+    numbers: Tensor
     labels: Tensor
     unreadable: int
 
@@ -105,8 +116,9 @@ class DrawnImages:
 
     def used(self, source: Source) -> UsedImages:
         """Labels and number of these images of the train set."""
-        labels = torch.from_numpy(check_labels(source, name="train"))
-        return UsedImages(labels[self.read], int(self.unreadable.sum()))
+        numbers = self.read.nonzero().flatten()
+        labels = labels_of(source, numbers, name="train")
+        return UsedImages(numbers, labels, int(self.unreadable.sum()))
 
 
 def open_inputs(
@@ -179,13 +191,14 @@ def _features(
     progress: bool = True,
 ) -> tuple[Tensor, Tensor]:
     source = inputs.train if name == "train" else inputs.test
-    outputs, labels = inputs.extractor.features(
+    outputs, numbers = inputs.extractor.unlabelled(
         source, network, output_key=output_key, progress=progress
     )
     if not len(outputs):
         spec = inputs.specs[name == "test"]
         raise DataError(f"{spec}: none of the images can be read")
-    inputs.used[name] = UsedImages(labels, len(source) - len(labels))
+    labels = labels_of(source, numbers, name=name)
+    inputs.used[name] = UsedImages(numbers, labels, len(source) - len(labels))
     return outputs, labels
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,13 @@ from torch.nn import functional as F
 
 from dinoscale.data.sources.source import Source
 from dinoscale.errors import ConfigError
+from dinoscale.evaluate.classification.answers import (
+    NO_DETAILS,
+    Answers,
+    Details,
+    classes_of_set,
+    intervals,
+)
 from dinoscale.evaluate.classification.labelled_sets import Features, LabelledSets, describe_set
 from dinoscale.evaluate.features import PIXEL_SIDE, pixel_features
 from dinoscale.evaluate.frozen_backbone import (
@@ -33,7 +40,7 @@ from dinoscale.evaluate.frozen_backbone import (
 )
 from dinoscale.runtime import distributed
 
-ByK = dict[str, dict[str, float]]  # k as text -> top1, top5, neighbours
+Results = Mapping[int, "KnnResult"]  # by k
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +61,6 @@ class KnnResult:
     top1: float
     top5: float
     classes: Tensor = field(compare=False, repr=False)  # with the most votes, (M,) int64
-    correct: Tensor = field(compare=False, repr=False)  # whether that is right, (M,) bool
 
 
 def knn_accuracy(
@@ -109,7 +115,7 @@ def knn_accuracy(
     answers = distributed.all_reduce_sum(distributed.together(answer))  # others' images are 0
     percent = (100 * answers[..., 1:].sum(1).double() / len(test_labels)).tolist()
     return {
-        k: KnnResult(k, min(k, num_train), top1, top5, answer[:, 0], answer[:, 1] > 0)
+        k: KnnResult(k, min(k, num_train), top1, top5, answer[:, 0])
         for k, (top1, top5), answer in zip(ks, percent, answers, strict=True)
     }
 
@@ -250,6 +256,7 @@ def evaluate_knn(
     temp: float = TEMP,
     pixels: bool = False,
     untrained: bool = False,
+    details: Details = NO_DETAILS,
     options: ExtractionOptions = DEFAULT_EXTRACTION,
 ) -> dict[str, object]:
     """Measure a weights file by k-NN, and optionally baselines on the same two sets.
@@ -265,12 +272,12 @@ def evaluate_knn(
         temp: of the votes, dimensionless.
         pixels: also measure 16 x 16 pixels, minus the bank's mean image.
         untrained: also measure the same architecture with fresh weights.
+        details: what to say of the answers for single images, by the first k of `score`.
         options: which network, which device, and how features are extracted.
 
     Returns:
-        Numbers, texts, lists and dicts, ready for JSON: `knn` maps each k, as text, to `top1`,
-        `top5` (percent) and `neighbours`; `score` has the top-1, that of k = 20 first; the rest
-        says what was measured and how.
+        The report, ready for JSON: `knn` maps each k, as text, to `top1`, `top5` (percent) and
+        `neighbours`; `score` has the top-1, that of k = 20 first; the rest says what and how.
 
     Raises:
         CheckpointError: the weights file cannot be used.
@@ -278,9 +285,10 @@ def evaluate_knn(
         DataError: a set cannot be read, has no labels, or the test set has other classes.
     """
     _check_settings(ks=ks, temp=temp)
+    details.check()
     extractor = load_extractor(weights_path, options)
     sets = LabelledSets.open(train_spec, test_spec, extractor.open)
-    features = sets.features(extractor.features)
+    features = sets.features(extractor.unlabelled)
     by_k = _classify(features, ks=ks, temp=temp)
     report = extractor.report(
         "knn",
@@ -288,10 +296,12 @@ def evaluate_knn(
         test=_describe(test_spec, sets.test, features.test_labels),
         protocol=_protocol(extractor, ks=ks, temp=temp),
         score=_score(by_k),
-        knn=by_k,
+        knn=_by_k(by_k),
+        intervals=intervals(_score(by_k), images=len(features.test)),
+        **_answers_of(sets, features, by_k).report(details),
     )
     if untrained:
-        fresh = sets.features(extractor.untrained().features)
+        fresh = sets.features(extractor.untrained().unlabelled)
         report["untrained"] = _score(_classify(fresh, ks=ks, temp=temp))
     if pixels:
         report |= _pixel_baseline(sets, ks=ks, temp=temp, num_workers=options.num_workers)
@@ -305,11 +315,27 @@ def _check_settings(*, ks: Sequence[int], temp: float) -> None:
         raise ConfigError(f"temp: need a number above 0, got {temp}")
 
 
-def _classify(features: Features, *, ks: Sequence[int], temp: float) -> ByK:
+def _classify(features: Features, *, ks: Sequence[int], temp: float) -> Results:
+    sets = (features.bank, features.bank_labels, features.test, features.test_labels)
+    return knn_accuracy(*sets, ks=ks, temp=temp)
+
+
+def _by_k(results: Results) -> dict[str, dict[str, float]]:
     return {
         str(k): {"top1": found.top1, "top5": found.top5, "neighbours": found.neighbours}
-        for k, found in knn_accuracy(*features, ks=ks, temp=temp).items()
+        for k, found in results.items()
     }
+
+
+def _answers_of(sets: LabelledSets, features: Features, results: Results) -> Answers:
+    """The answers of the number of neighbours that is quoted."""
+    return Answers(
+        sets.test,
+        classes_of_set(sets.bank),
+        features.test_numbers.cpu(),
+        features.test_labels.cpu(),
+        results[_quoted_first(results)[0]].classes.cpu(),
+    )
 
 
 def _describe(spec: str, source: Source, labels: Tensor) -> dict[str, object]:
@@ -328,10 +354,13 @@ def _protocol(extractor: FeatureExtractor, *, ks: Sequence[int], temp: float) ->
     }
 
 
-def _score(by_k: ByK) -> dict[str, float]:
+def _quoted_first(results: Results) -> list[int]:
+    return sorted(results, key=lambda k: k != QUOTED_K)
+
+
+def _score(results: Results) -> dict[str, float]:
     """Top-1 of each k, the usually quoted k first."""
-    ordered = sorted(by_k, key=lambda k: k != str(QUOTED_K))
-    return {f"top1_k{k}": by_k[k]["top1"] for k in ordered}
+    return {f"top1_k{k}": results[k].top1 for k in _quoted_first(results)}
 
 
 def _pixel_baseline(
@@ -346,5 +375,5 @@ def _pixel_baseline(
     equal = _classify(features, ks=ks, temp=math.inf)
     return {
         "floors": _score(by_k),
-        "pixels": {"features": about, "knn": by_k, "knn_equal_votes": equal},
+        "pixels": {"features": about, "knn": _by_k(by_k), "knn_equal_votes": _by_k(equal)},
     }

@@ -34,6 +34,7 @@ class Features(NamedTuple):
     bank_labels: Tensor  # (N,) int64
     test: Tensor  # (M, D)
     test_labels: Tensor  # (M,) int64
+    test_numbers: Tensor  # (M,) int64, of the images in the test set
 
 
 @dataclass(frozen=True)
@@ -79,24 +80,35 @@ class LabelledSets:
         """Extract features and labels of both.
 
         Args:
-            extract: returns features (N, D) and labels (N,) of the readable images of a source.
+            extract: returns features (N, D) of the readable images of a source, and their numbers
+                in it (N,).
 
         Raises:
             DataError: none of the images of a set can be read.
         """
-        bank, bank_labels = _readable(*extract(self.bank), name="train")
-        test, labels = _readable(*extract(self.test), name="test")
-        test_labels = self.renumber.to(labels.device)[labels]
+        bank, numbers = _readable(*extract(self.bank), name="train")
+        test, test_numbers = _readable(*extract(self.test), name="test")
+        bank_labels = labels_of(self.bank, numbers, name="train")
+        test_labels = self.renumber.to(test.device)[labels_of(self.test, test_numbers, name="test")]
         lost = set(test_labels.tolist()) - set(bank_labels.tolist())
         if lost:
             log.warning("train: no image can be read of %d classes that test has", len(lost))
-        return Features(bank, bank_labels, test, test_labels)
+        return Features(bank, bank_labels, test, test_labels, test_numbers)
 
 
-def _readable(features: Tensor, labels: Tensor, *, name: str) -> tuple[Tensor, Tensor]:
+def _readable(features: Tensor, numbers: Tensor, *, name: str) -> tuple[Tensor, Tensor]:
     if not len(features):
         raise DataError(f"{name}: none of the images can be read")
-    return features, labels
+    return features, numbers
+
+
+def labels_of(source: Source, numbers: Tensor, *, name: str) -> Tensor:
+    """Labels of some images of a set, (N,) int64, on the device of their numbers (N,).
+
+    Raises:
+        DataError: as `check_labels`, which takes the name.
+    """
+    return torch.from_numpy(check_labels(source, name=name))[numbers.cpu()].to(numbers.device)
 
 
 def describe_set(

@@ -10,8 +10,9 @@ Shape letter: N images.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from dinoscale.data.augmentation.labelled_crops import FLIP_PROB, SCALE, endless_sampler
 from dinoscale.errors import ConfigError, NonFiniteError
 from dinoscale.evaluate.classification.accuracy import choose_best, percent
+from dinoscale.evaluate.classification.answers import NO_DETAILS, Details
 from dinoscale.evaluate.classification.inputs import (
     ClassifierInputs,
     DrawnImages,
@@ -30,6 +32,7 @@ from dinoscale.evaluate.classification.inputs import (
     open_inputs,
     train_images,
 )
+from dinoscale.evaluate.classification.kept_probe import ProbeCard
 from dinoscale.evaluate.classification.linear_heads import (
     INIT_STD,
     MOMENTUM,
@@ -39,7 +42,9 @@ from dinoscale.evaluate.classification.linear_heads import (
     is_vit,
 )
 from dinoscale.evaluate.classification.linear_protocols import DinoProtocol, GridProtocol, ProbePlan
+from dinoscale.evaluate.classification.probe_report import Reporting
 from dinoscale.evaluate.classification.resumable_training import (
+    Best,
     State,
     check_target,
     save_tensors,
@@ -48,6 +53,7 @@ from dinoscale.evaluate.classification.resumable_training import (
 )
 from dinoscale.evaluate.frozen_backbone import DEFAULT_EXTRACTION, ExtractionOptions
 from dinoscale.evaluate.progress import bar_options
+from dinoscale.runtime import distributed
 
 
 def evaluate_linear(
@@ -61,6 +67,7 @@ def evaluate_linear(
     untrained: bool = False,
     out: str | Path | None = None,
     log_path: str | Path | None = None,
+    details: Details = NO_DETAILS,
     options: ExtractionOptions = DEFAULT_EXTRACTION,
 ) -> dict[str, object]:
     """Train linear classifiers on frozen features of one set, and test them on another.
@@ -74,11 +81,12 @@ def evaluate_linear(
             on features of whole images, prepared as test images and forwarded once: faster.
         seed: of the first weights, the order of images and their crops, >= 0.
         untrained: also measure the same architecture with fresh weights.
-        out: safetensors file for the best classifier of the last measurement, `weight` (C, K) and
-            `bias` (C,); `NAME-best` beside it is for the best of all measurements. Both are written
-            after each, with the state of the training, from which the same call resumes to the same
-            numbers. None writes nothing.
+        out: safetensors file for the best classifier of the last measurement, see `kept_probe`;
+            `NAME-best` beside it is for the best of all. Both are written after each, with the
+            state of the training, from which the same call resumes to the same numbers. None writes
+            nothing.
         log_path: JSON lines, one for each measurement as soon as it is done.
+        details: what to say of the answers for single images.
         options: which network, which device, and how images are read.
 
     Returns:
@@ -94,7 +102,8 @@ def evaluate_linear(
     """
     if seed < 0:
         raise ConfigError(f"seed: need 0 or more, got {seed}")
-    target = check_target(out, weights_path)
+    details.check()
+    target = distributed.together(partial(check_target, out, weights_path))
     inputs = open_inputs(weights_path, train_spec, test_spec, options)
     plan = protocol.plan(inputs.backbone, images=len(inputs.train))
     settings = _protocol(protocol, plan, inputs, augment=augment, seed=seed)
@@ -104,8 +113,7 @@ def evaluate_linear(
         lambda backbone: _Probe(backbone, inputs, plan, augment=augment, seed=seed),
         protocol={"network": options.network, **settings},
         out=target,
-        untrained=untrained,
-        log_path=log_path,
+        reporting=Reporting(untrained, log_path, details),
     )
 
 
@@ -127,6 +135,7 @@ class _Probe:
         self._inputs, self._plan, self._options = inputs, plan, inputs.extractor.options
         self._augment, self._seed = augment, seed
         self._drawn = DrawnImages(len(inputs.train))
+        self._best = Best()
         self._tokens = TokenFeatures(backbone, blocks=plan.blocks)
         self._heads = [
             LinearHeads(
@@ -143,32 +152,41 @@ class _Probe:
         """Write the current best classifier as the last, and as the best of all if it is."""
         bests = [_best([evaluation]) for evaluation in evaluations]
         last, top1 = bests[-1], [best["top1"] for best in bests]
-        kind = [(kind.blocks, kind.pooled) for kind in self._plan.kinds].index(
-            (last["blocks"], last["pooled"])
-        )
-        heads, at = self._heads[kind], self._plan.rates.index(last["lr"])
+        kind, heads, at = self._find(last)
         tensors = {"weight": heads.weight[at], "bias": heads.bias[at]}
-        about = {"classifier": json.dumps(last)}
+        about = {"classifier": json.dumps(last)} | self._card(kind).metadata()
         for target in weights_files(out, top1):
             save_tensors(target, tensors, about)
+
+    def _card(self, kind: FeatureKind) -> ProbeCard:
+        extractor, backbone = self._inputs.extractor, self._tokens.backbone
+        return ProbeCard.of("linear", extractor, backbone, self._inputs.train, tokens=kind)
 
     def chosen(self, evaluations: Sequence[Evaluation]) -> dict[str, object]:
         """The best classifier of the measurements that the protocol considers."""
         last_only = self._plan.last_only
-        return choose_best(
+        found = choose_best(
             _entries(evaluations[-1:] if last_only else evaluations), with_last=not last_only
         )
+        return found | {"answers": self._best.answers}
+
+    def extract(self) -> None:
+        """Features of the test set and, without augmentation, of the train set."""
+        key = self._tokens.output_key
+        self._tests = extract_test_features(self._tokens, self._inputs, output_key=key)
+        self._trains = None
+        if not self._augment:
+            self._trains = extract_train_features(self._tokens, self._inputs, output_key=key)
 
     def measured(self, state: State | None) -> Iterator[tuple[Evaluation, State]]:
         """Train, from a state if there is one; yield all measurements that are left."""
         plan, first = self._plan, 0
         if state is not None:
             first, self._drawn = state["step"], DrawnImages.of(state["drawn"])
+            self._best = Best.of(state["best"])
             for heads, of_heads in zip(self._heads, state["heads"], strict=True):
                 heads.load(of_heads)
-        tests, test_labels = extract_test_features(
-            self._tokens, self._inputs, output_key=self._tokens.output_key
-        )
+        tests, test_labels = self._tests
         rates = torch.tensor(plan.rates, device=tests.device)
         batches = self._batches(first)
         bar = tqdm(
@@ -188,20 +206,24 @@ class _Probe:
 
     def _state(self, done: int) -> State:
         heads = [heads.state() for heads in self._heads]
-        return {"step": done, "heads": heads, "drawn": self._drawn.state()}
+        best = self._best.state()
+        return {"step": done, "heads": heads, "drawn": self._drawn.state(), "best": best}
+
+    def _find(self, entry: Mapping[str, Any]) -> tuple[FeatureKind, LinearHeads, int]:
+        """A classifier of a measurement: its input, its heads, and its place among these."""
+        kinds = [(kind.blocks, kind.pooled) for kind in self._plan.kinds]
+        place = kinds.index((entry["blocks"], entry["pooled"]))
+        at = self._plan.rates.index(entry["lr"])
+        return self._plan.kinds[place], self._heads[place], at
 
     def _take(self, kind: FeatureKind, features: Tensor) -> Tensor:
         return kind.take(features, stored=self._plan.blocks, token_dim=self._tokens.token_dim)
 
     def _batches(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Features (N, ...) and labels (N,) of each step from the first on."""
-        if self._augment:
+        if self._trains is None:
             return self._of_crops(first)
-        # Before the first step is asked for, whose bar would count this as its time.
-        features, labels = extract_train_features(
-            self._tokens, self._inputs, output_key=self._tokens.output_key
-        )
-        return self._of_whole_images(features, labels, first)
+        return self._of_whole_images(*self._trains, first)
 
     def _of_crops(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         plan, inputs = self._plan, self._inputs
@@ -246,7 +268,17 @@ class _Probe:
                 f"step {done}: all classifiers have non-finite weights; lower the learning rate"
             )
         epoch = {} if self._plan.last_only else {"epoch": done // self._plan.hold}
-        return {"step": done, **epoch, "classifiers": results}
+        found = {"step": done, **epoch, "classifiers": results}
+        best = _best([found])
+        if self._plan.last_only:
+            self._best = Best()
+        self._best.offer(best["top1"], partial(self._answers, best, tests))
+        return found
+
+    def _answers(self, entry: Mapping[str, Any], tests: Tensor) -> Tensor:
+        """The class that a classifier gives each test image, (N,)."""
+        kind, heads, at = self._find(entry)
+        return heads.answers(self._take(kind, tests), at)
 
 
 def _best(evaluations: Sequence[Evaluation]) -> dict[str, Any]:

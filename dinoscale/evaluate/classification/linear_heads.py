@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dinoscale.evaluate.classification.accuracy import num_correct
+from dinoscale.evaluate.classification.accuracy import answers, num_correct
 
 INIT_STD = 0.01  # of a classifier's weights, normal with mean 0; biases start at 0
 MOMENTUM = 0.9  # of SGD; the published codes of both protocols, without weight decay
@@ -152,8 +152,18 @@ class LinearHeads:
     def num_correct(self, x: Tensor, labels: Tensor) -> list[tuple[int, int]]:
         """For each classifier, how many rows (N, K) are correct by top-1 and by top-5."""
         top1, top5 = torch.zeros(2, len(self.bias), dtype=torch.int64, device=x.device)
-        rows = max(1, _LOGITS_AT_ONCE // self.bias.numel())
+        rows = self._rows_at_once()
         for some, classes in zip(x.split(rows), labels.split(rows), strict=True):
             more1, more5 = num_correct(self.logits(some), classes)
             top1, top5 = top1 + more1, top5 + more5
         return list(zip(top1.tolist(), top5.tolist(), strict=True))
+
+    def answers(self, x: Tensor, at: int) -> Tensor:
+        """The class that one of the classifiers gives each row of (N, K), as it counts: (N,)."""
+        # With all others, as `num_correct`: a product of other shape may differ in its last bits.
+        return torch.cat(
+            [answers(self.logits(some)[:, at]) for some in x.split(self._rows_at_once())]
+        )
+
+    def _rows_at_once(self) -> int:
+        return max(1, _LOGITS_AT_ONCE // self.bias.numel())

@@ -4,40 +4,63 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from dinoscale.errors import ConfigError, OutputError
+from dinoscale.evaluate.classification.answers import Details, intervals
 from dinoscale.evaluate.classification.inputs import ClassifierInputs
 from dinoscale.evaluate.classification.labelled_sets import describe_set
+from dinoscale.runtime import distributed
 from dinoscale.runtime.fingerprint import digest_of
+from dinoscale.runtime.opening import on_first_rank
 
 Result = Mapping[str, object]  # ready for JSON
 Log = Callable[[Result], None]
+Rest = Callable[[Log], dict[str, Any]]  # what rank 0 does with the features
 _LONGEST_LINE = 1 << 20  # bytes; the lines of results have some hundreds
+
+
+@dataclass(frozen=True)
+class Reporting:
+    """What is reported besides the score of the weights.
+
+    Attributes:
+        untrained: also that of fresh weights.
+        log_path: of JSON lines, one for each result as soon as it is known, with a digest of its
+            settings; None keeps none.
+        details: what to say of the answers for single images.
+    """
+
+    untrained: bool
+    log_path: str | Path | None
+    details: Details
 
 
 def measure_and_report(
     task: str,
     inputs: ClassifierInputs,
-    measure: Callable[[nn.Module, Log], dict[str, object]],
+    prepare: Callable[[nn.Module], Rest],
     *,
     protocol: Mapping[str, object],
-    untrained: bool,
-    log_path: str | Path | None,
+    reporting: Reporting,
 ) -> dict[str, object]:
-    """Measure the backbone and, if `untrained`, the same architecture with fresh weights.
+    """Measure the backbone and, if asked for, the same architecture with fresh weights.
+
+    All ranks of a job call it: they share the extraction of features, rank 0 does the rest.
 
     Args:
         task: its name.
         inputs: backbone and sets.
-        measure: takes a backbone, and a function to call with each result as soon as it is known;
-            returns `score` and the other parts of the report, and records in `inputs.used` which
-            images it used.
+        prepare: takes a backbone; all ranks call it. Returns a function that takes one to call with
+            each result as soon as it is known, and returns `score`, `answers` (the class of each
+            test image, (M,) int64) and the other parts of the report. They record in `inputs.used`
+            which images they used.
         protocol: all that changes the numbers.
-        untrained: also measure fresh weights.
-        log_path: JSON lines, one for each result, with a digest of its settings; None keeps none.
+        reporting: what else to report.
 
     Returns:
         The report, ready for JSON.
@@ -46,28 +69,38 @@ def measure_and_report(
         ConfigError: the log cannot be written.
         OutputError: the log's path holds another file.
     """
-    log = _ResultLog(log_path)
+    path = reporting.log_path if distributed.rank() == 0 else None
+    log = distributed.together(lambda: _ResultLog(path))
     settings = digest_of([inputs.specs, protocol])  # one file may hold lines of several
 
-    def measured(network: str, backbone: nn.Module) -> dict[str, object]:
+    def measured(network: str, backbone: nn.Module) -> dict[str, Any]:
         head = {"task": task, "weights": weights, "network": network, "settings": settings}
-        return measure(backbone, lambda result: log.add({**head, **result}))
+        rest = prepare(backbone)
+        work = on_first_rank(lambda _: rest(lambda result: log.add({**head, **result})))
+        found = distributed.broadcast_object(work)
+        assert found is not None
+        return found
 
     weights = inputs.extractor.path
     found = measured("trained", inputs.backbone)
+    answers = inputs.answers(found.pop("answers"))
     names = ("train", "test")
     sets = zip(names, inputs.specs, (inputs.train, inputs.test), strict=True)
     report = inputs.extractor.report(
         task,
         classes=inputs.num_classes,
         **{
-            name: describe_set(spec, source, **vars(inputs.used[name]))
+            name: describe_set(
+                spec, source, inputs.used[name].labels, unreadable=inputs.used[name].unreadable
+            )
             for name, spec, source in sets
         },
         protocol=dict(protocol),
         **found,
+        intervals=intervals(found["score"], images=len(answers.labels)),
+        **answers.report(reporting.details),
     )
-    if untrained:
+    if reporting.untrained:
         fresh = inputs.extractor.untrained().backbone
         report["untrained"] = measured("untrained", fresh)["score"]
     return report

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from dinoscale.errors import CheckpointError, ConfigError
 from dinoscale.evaluate.classification.inputs import ClassifierInputs
-from dinoscale.evaluate.classification.probe_report import Log, measure_and_report
+from dinoscale.evaluate.classification.probe_report import Log, Reporting, Rest, measure_and_report
 from dinoscale.evaluate.feature_cache import InFiles, weights_digest
+from dinoscale.runtime import distributed
 from dinoscale.runtime.fingerprint import (
     Fingerprint,
     code_fingerprint,
@@ -88,6 +89,10 @@ class TrainingState:
 class Training(Protocol):
     """The training of a classifier on one backbone, measured several times."""
 
+    def extract(self) -> None:
+        """Extract the features that it needs from the start; all ranks of a job call it."""
+        ...
+
     def measured(self, state: State | None) -> Iterator[tuple[Any, State]]:
         """Train; yield each measurement, ready for JSON, with the state to resume after it."""
         ...
@@ -97,8 +102,36 @@ class Training(Protocol):
         ...
 
     def chosen(self, evaluations: Sequence[Any]) -> dict[str, object]:
-        """`score` of the report, and how it was chosen."""
+        """`score` of the report, how it was chosen, and `answers` of what was, see `Best`."""
         ...
+
+
+class Best:
+    """The answers of the best classifier so far, the first of equals.
+
+    Attributes:
+        answers: class of each test image, (M,) int64; empty before the first.
+    """
+
+    def __init__(self) -> None:
+        self.answers = torch.zeros(0, dtype=torch.int64)
+        self._top1 = -1.0
+
+    def offer(self, top1: float, answers: Callable[[], Tensor]) -> None:
+        """Take the answers of a classifier with this accuracy, if it is better."""
+        if top1 > self._top1:
+            self._top1, self.answers = top1, answers().cpu()
+
+    def state(self) -> State:
+        """What `of` restores."""
+        return {"top1": self._top1, "answers": self.answers}
+
+    @classmethod
+    def of(cls, state: State) -> Best:
+        """Restore what `state` returned."""
+        best = cls()
+        best._top1, best.answers = state["top1"], state["answers"].cpu()
+        return best
 
 
 def train_and_report(
@@ -108,10 +141,11 @@ def train_and_report(
     *,
     protocol: Mapping[str, object],
     out: Path | None,
-    untrained: bool,
-    log_path: str | Path | None,
+    reporting: Reporting,
 ) -> dict[str, object]:
     """Train and measure, resuming an earlier start of the same training where there is one.
+
+    All ranks of a job call it; rank 0 trains and writes.
 
     Args:
         task: its name, and that of its module.
@@ -120,8 +154,7 @@ def train_and_report(
         protocol: all that changes the numbers.
         out: file that the training writes; its state lies beside it until the training is
             reported. None writes nothing.
-        untrained: also train on fresh weights.
-        log_path: as of `measure_and_report`.
+        reporting: what else to report.
 
     Returns:
         The report, ready for JSON.
@@ -132,31 +165,36 @@ def train_and_report(
     """
     states = []
 
-    def measure(backbone: nn.Module, log: Log) -> dict[str, object]:
+    def prepare(backbone: nn.Module) -> Rest:
         module = f"dinoscale.evaluate.classification.{task}"
-        saved = _state_beside(out, inputs, backbone, protocol=protocol, module=module)
+        place = out if distributed.rank() == 0 else None
+        saved = _state_beside(place, inputs, backbone, protocol=protocol, module=module)
         states.append(saved)
-        state = saved.load(inputs.device)
-        evaluations = [] if state is None else state["evaluations"]
-        written = out if backbone is inputs.backbone else None
+        state = distributed.together(lambda: saved.load(inputs.device))
         training = begin(backbone)
-        for evaluation, now in training.measured(state):
-            log(evaluation)
-            evaluations.append(evaluation)
-            if written is not None:
-                training.save(evaluations, written)
-            saved.save({**now, "evaluations": evaluations})
-        found = training.chosen(evaluations) | {"evaluations": evaluations}
-        if written is None:
-            return found
-        return found | {"out": str(written), "best_out": str(best_beside(written))}
+        training.extract()
+        written = out if backbone is inputs.backbone else None
+        return lambda log: _train(training, state, saved, written, log)
 
-    report = measure_and_report(
-        task, inputs, measure, protocol=protocol, untrained=untrained, log_path=log_path
-    )
+    report = measure_and_report(task, inputs, prepare, protocol=protocol, reporting=reporting)
     for saved in states:
         saved.remove()
     return report
+
+
+def _train(
+    training: Training, state: State | None, saved: TrainingState, out: Path | None, log: Log
+) -> dict[str, Any]:
+    """Train, and keep what each measurement needs; returns the parts of the report."""
+    evaluations = [] if state is None else state["evaluations"]
+    for evaluation, now in training.measured(state):
+        log(evaluation)
+        evaluations.append(evaluation)
+        if out is not None:
+            training.save(evaluations, out)
+        saved.save({**now, "evaluations": evaluations})
+    found = training.chosen(evaluations) | {"evaluations": evaluations}
+    return found | ({} if out is None else {"out": str(out), "best_out": str(best_beside(out))})
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
@@ -218,6 +256,11 @@ def weights_files(out: Path, top1: Sequence[float]) -> list[Path]:
     """Files for the weights measured last: the last ones, and the best if they are."""
     is_best = top1.index(max(top1)) == len(top1) - 1
     return [out, best_beside(out)] if is_best else [out]
+
+
+def head_beside(out: Path) -> Path:
+    """File of the classifier beside that of its fine-tuned backbone: `name-head.safetensors`."""
+    return out.with_name(f"{out.stem}-head{out.suffix}")
 
 
 def best_beside(out: Path) -> Path:

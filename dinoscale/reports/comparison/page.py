@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
 from dinoscale.reports import html
+from dinoscale.reports.comparison.paired_tests import PairedTest
 from dinoscale.reports.comparison.plots import draw_column
 from dinoscale.reports.comparison.scores import NOT_RANKED, Cell, Column, Comparison, Report, Row
 from dinoscale.reports.html import element
@@ -115,6 +116,7 @@ def _section(comparison: Comparison, number: int) -> Element:
         element("h2", column.task + place),
         *plots,
         *([_numbers(cells)] if any(cell.scores for cell in cells.values()) else []),
+        *([_tests(comparison.tests[number])] if comparison.tests.get(number) else []),
         element("details", element("summary", "protocol and data"), settings),
         *pictures,
     )
@@ -127,13 +129,43 @@ def _numbers(cells: Mapping[str, Cell]) -> Element:
         element(
             "tr",
             element("th", label, scope="row"),
-            *(element("td", f"{score[name]:.2f}" if name in score else "") for name in names),
+            *(element("td", _number(cell, score, name)) for name in names),
         )
         for label, cell in cells.items()
         for score in cell.scores
     ]
     heads = [element("th", name, scope="col") for name in names]
     return html.table([element("th"), *heads], rows)
+
+
+def _number(cell: Cell, score: Mapping[str, float], name: str) -> str:
+    """A number of a score, with the interval that its report gives."""
+    ends = ((cell.report or {}).get("intervals") or {}).get(name, ())
+    said = f" ({ends[0]:.1f} to {ends[1]:.1f})" if len(ends) == 2 else ""
+    return f"{score[name]:.2f}{said}" if name in score else ""
+
+
+def _tests(tests: Sequence[PairedTest]) -> Element:
+    """A table of the differences that were tested image by image."""
+    heads = ("weights", "others", "only they are right", "only the others", "p", "difference")
+    rows = [
+        element(
+            "tr",
+            element("th", test.first, scope="row"),
+            element("td", test.second),
+            element("td", str(test.paired.only_first)),
+            element("td", str(test.paired.only_second)),
+            element("td", f"{test.p:.2g}"),
+            element("td", test.verdict),
+        )
+        for test in tests
+    ]
+    note = (
+        "McNemar's exact test on the images of the test set; p is corrected for the number of"
+        " pairs (Holm). It says nothing of another training of the same weights."
+    )
+    table = html.table([element("th", head, scope="col") for head in heads], rows)
+    return element("div", element("p", note), table)
 
 
 def _pictures(report: Report, label: str) -> list[Element]:

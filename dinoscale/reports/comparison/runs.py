@@ -92,6 +92,9 @@ def _saved(job: Job, where: str) -> dict[str, object] | None:
         log.warning("%s Measuring again.", error)
         return None
     changed = differences(report.get("made_from"), now or {})
+    kept = report.get("predictions")
+    if isinstance(kept, str) and not Path(kept).exists():
+        changed = [*changed, "predictions"]
     if changed:
         log.warning("%s: measuring again, these changed: %s", where, ", ".join(changed))
     return None if changed else report

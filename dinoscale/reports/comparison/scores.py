@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.provenance import WEIGHTS
+from dinoscale.reports.comparison.paired_tests import PairedTest, paired_tests
 from dinoscale.runtime.fingerprint import digest_of
 
 Report = Mapping[str, Any]  # as a task prints it
@@ -107,10 +108,17 @@ class Column:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The table; weights come first, then baselines."""
+    """The table; weights come first, then baselines.
+
+    Attributes:
+        columns: measurements.
+        rows: weights and baselines.
+        tests: number of a column -> which differences between its weights are more than chance.
+    """
 
     columns: list[Column]
     rows: list[Row]
+    tests: dict[int, list[PairedTest]] = field(default_factory=dict)
 
     @property
     def failed(self) -> int:
@@ -132,7 +140,8 @@ class Comparison:
         columns = [
             {"task": c.task, "headline": c.headline or None, "differs": c.differs}
             | {"settings": c.settings}
-            for c in self.columns
+            | {"paired_tests": [test.as_json() for test in self.tests.get(number, ())]}
+            for number, c in enumerate(self.columns)
         ]
         numbers = range(len(columns))
         rows = [
@@ -253,6 +262,11 @@ def compare(outcomes: Sequence[Outcome]) -> Comparison:
     table.rows.extend(_baselines(table.rows))
     for column in table.columns:
         column.differs = _differences(column, table.columns)
+    for number in range(len(table.columns)):
+        cells = {row.label: row.cells[number] for row in table.rows if number in row.cells}
+        table.tests[number] = paired_tests(
+            {label: cell.report for label, cell in cells.items() if cell.report is not None}
+        )
     return table
 
 

@@ -110,7 +110,8 @@ def test_an_interrupted_training_resumes_to_the_same_numbers(
     for name in names:
         assert Path(report[name]).read_bytes() == Path(whole[name]).read_bytes()
     files = {path.name for path in tmp_path.glob("tuned*")}
-    assert files == {"tuned.safetensors", "tuned-best.safetensors"}
+    names = ("tuned", "tuned-best", "tuned-head", "tuned-best-head")
+    assert files == {f"{name}.safetensors" for name in names}
 
 
 def test_the_best_backbone_is_that_of_the_best_epoch(whole: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ TASKS = _tasks()
 
 def test_every_task_is_there() -> None:
     assert list(TASKS) == [
-        *("knn", "linear", "logistic", "finetune", "attention", "segment", "pca"),
+        *("knn", "linear", "logistic", "finetune", "probe", "attention", "segment", "pca"),
         *("video", "retrieve", "copies", "rank", "compare"),
     ]
 

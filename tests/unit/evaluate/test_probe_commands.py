@@ -69,7 +69,7 @@ def test_score_and_baselines_are_said_in_words(
 @pytest.mark.parametrize(
     "line",
     [
-        *("linear {w} --train {i} --test {i}", "logistic {w} --train {i} --test {i}"),
+        "linear {w} --train {i} --test {i}",
         *("finetune {w} --train {i} --test {i}", "attention {w} {i} --out {o}"),
         *("attention {w} {i} {o}/sheet.png", "segment {w} {i} --out {o}", "pca {w} {i} --out {o}"),
         *("video {w} {i} --out {o}", "retrieve {w} --data {i}", "copies {w} --data {i}"),
@@ -83,7 +83,9 @@ def test_several_processes_are_refused_once_and_before_anything_is_written(
     words = shlex.split(line.format(w=colors.weights, i=colors.train, o=out))
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(LaunchError, match=f"evaluate {words[0]} runs in one process, not in 2"):
+    with pytest.raises(
+        LaunchError, match=rf"evaluate {words[0]} runs in one process, not in 2[:.]"
+    ):
         cli.run(["evaluate", *words])
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit, match="2"):

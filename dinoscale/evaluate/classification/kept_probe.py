@@ -1,0 +1,257 @@
+"""Trained classifiers kept in files, and their accuracy on other test sets.
+
+The file holds `weight` (C, K) and `bias` (C,), and a card: of which features of which backbone they
+are, and what the classes are called.
+
+Shape letters: N images that can be read, C classes, K width of the classifier's input.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.nn import functional as F
+
+from dinoscale.data.sources.classes import Classes, classes_of, same_classes
+from dinoscale.data.sources.source import Source
+from dinoscale.errors import CheckpointError
+from dinoscale.evaluate.classification.accuracy import answers, num_correct, percent
+from dinoscale.evaluate.classification.answers import NO_DETAILS, Answers, Details, intervals
+from dinoscale.evaluate.classification.labelled_sets import describe_set, labels_of
+from dinoscale.evaluate.classification.linear_heads import FeatureKind, TokenFeatures
+from dinoscale.evaluate.feature_cache import weights_digest
+from dinoscale.evaluate.features import check_labels
+from dinoscale.evaluate.frozen_backbone import (
+    DEFAULT_EXTRACTION,
+    OUTPUT,
+    ExtractionOptions,
+    FeatureExtractor,
+    load_extractor,
+)
+from dinoscale.runtime import distributed
+from dinoscale.runtime.opening import on_first_rank, open_once_per_node
+
+CARD_KEY = "probe"  # of the metadata of the file
+
+
+@dataclass(frozen=True)
+class ProbeCard:
+    """What a kept classifier is made for.
+
+    Attributes:
+        task: that trained it.
+        backbone: digest of the weights that its features are of.
+        tokens: which it takes; None takes the backbone's output.
+        normalised: features have length 1.
+        precision: of the backbone.
+        resize: short side of an image before the crop, in pixels.
+        crop: side of the center crop, in pixels.
+        classes: of the train set.
+    """
+
+    task: str
+    backbone: str
+    tokens: FeatureKind | None
+    normalised: bool
+    precision: Literal["bf16", "fp32"]
+    resize: int
+    crop: int
+    classes: Classes
+
+    @classmethod
+    def of(
+        cls,
+        task: str,
+        extractor: FeatureExtractor,
+        backbone: torch.nn.Module,
+        train: Source,
+        *,
+        tokens: FeatureKind | None = None,
+        normalised: bool = False,
+        precision: Literal["bf16", "fp32"] = "fp32",
+    ) -> ProbeCard:
+        """Describe a classifier of a backbone on features that an extractor prepares."""
+        return cls(
+            task=task,
+            backbone=weights_digest(backbone),
+            tokens=tokens,
+            normalised=normalised,
+            precision=precision,
+            resize=extractor.card.resize,
+            crop=extractor.card.crop,
+            classes=classes_of(train, check_labels(train, name="train")),
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """For the file, which `load_probe` reads."""
+        return {CARD_KEY: json.dumps(asdict(self))}
+
+    @classmethod
+    def parse(cls, text: str) -> ProbeCard:
+        """Read what `metadata` wrote; KeyError, TypeError or ValueError if it is no such text."""
+        card: dict[str, Any] = json.loads(text)
+        tokens, classes = card.pop("tokens"), card.pop("classes")
+        return cls(
+            **card,
+            tokens=None if tokens is None else FeatureKind(**tokens),
+            classes=Classes(
+                classes["present"],
+                {int(number): tuple(names) for number, names in classes["names"].items()},
+                {int(number): outside for number, outside in classes["numbers"].items()},
+            ),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class KeptProbe:
+    """A classifier from a file."""
+
+    card: ProbeCard
+    weight: Tensor  # (C, K)
+    bias: Tensor  # (C,)
+
+    def logits(self, extractor: FeatureExtractor, source: Source) -> tuple[Tensor, Tensor]:
+        """Scores (N, C) of the images that can be read, and their numbers (N,); collective."""
+        card, tokens = self.card, self.card.tokens
+        network = (
+            None if tokens is None else TokenFeatures(extractor.backbone, blocks=tokens.blocks)
+        )
+        key = OUTPUT if network is None else network.output_key
+        key += "" if card.precision == "fp32" else f" in {card.precision}"
+        fast = card.precision == "bf16"
+        with torch.autocast(extractor.device.type, dtype=torch.bfloat16, enabled=fast):
+            features, numbers = extractor.unlabelled(source, network, output_key=key)
+        if tokens is not None:
+            width = int(extractor.backbone.embed_dim)  # type: ignore[arg-type]  # an int
+            features = tokens.take(features, stored=tokens.blocks, token_dim=width)
+        rows = features.to(self.weight.dtype)
+        if card.normalised:
+            rows = F.normalize(rows, dim=1)
+        return F.linear(rows, self.weight.to(rows.device), self.bias.to(rows.device)), numbers
+
+
+def load_probe(path: str | Path) -> KeptProbe:
+    """Read the file of a kept classifier.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or holds something else.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            card = ProbeCard.parse((file.metadata() or {})[CARD_KEY])
+            probe = KeptProbe(card, file.get_tensor("weight"), file.get_tensor("bias"))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is no kept classifier: name a file that `evaluate linear`, `logistic` or"
+            " `finetune` wrote with --out"
+        ) from error
+    if probe.weight.ndim != 2 or probe.bias.shape != probe.weight.shape[:1]:
+        shapes = f"{[*probe.weight.shape]} and {[*probe.bias.shape]}"
+        raise CheckpointError(f"{path}: weight and bias of shapes {shapes} are no classifier")
+    return probe
+
+
+def evaluate_probe(
+    weights_path: str | Path,
+    probe_path: str | Path,
+    test_spec: str,
+    *,
+    details: Details = NO_DETAILS,
+    options: ExtractionOptions = DEFAULT_EXTRACTION,
+) -> dict[str, object]:
+    """Judge a kept classifier by another test set; all ranks of a job call it.
+
+    The classes of the set must be among those that it was trained on. Where they are fewer, the
+    others do not compete, as ImageNet-R and -A are measured; `top1_all_classes` lets them.
+
+    Args:
+        weights_path: the backbone that the classifier was trained on.
+        probe_path: file of the classifier.
+        test_spec: labelled images, as `data.train` of a config.
+        details: what to say of the answers for single images.
+        options: which network, which device, and how images are read; sizes that are not given are
+            those of the training.
+
+    Raises:
+        CheckpointError: the weights or the classifier cannot be used, or not together.
+        ConfigError: a setting is out of range.
+        DataError: the set cannot be read, lacks labels, or has other classes.
+    """
+    details.check()
+    probe = distributed.together(partial(load_probe, probe_path))
+    card = probe.card
+    sizes = {"resize": options.resize or card.resize, "crop": options.crop or card.crop}
+    extractor = load_extractor(weights_path, replace(options, **sizes))
+    distributed.together(partial(_require_backbone, extractor, card, probe_path))
+    source = open_once_per_node(partial(extractor.open, test_spec))
+    first = on_first_rank(lambda _: _same(card.classes, source))
+    same = distributed.broadcast_object(first)
+    assert same is not None
+    logits, numbers = probe.logits(extractor, source)
+    labels = labels_of(source, numbers, name="test")
+    renumbered = torch.tensor([same.get(i, -1) for i in range(max(same) + 1)])
+    truth = renumbered.to(labels.device)[labels]
+    among = _among(logits, [*same.values()])
+    found = Answers(
+        *(source, lambda: card.classes, numbers.cpu(), truth.cpu(), answers(among).cpu())
+    )
+    score = _score(logits, among, truth, competing=len(same))
+    return extractor.report(
+        "probe",
+        probe=str(probe_path),
+        trained_by=card.task,
+        test=describe_set(test_spec, source, labels, unreadable=len(source) - len(labels)),
+        protocol=_protocol(extractor, card, competing=len(same)),
+        score=score,
+        intervals=intervals(score, images=len(labels)),
+        **found.report(details),
+    )
+
+
+def _require_backbone(extractor: FeatureExtractor, card: ProbeCard, probe: str | Path) -> None:
+    if weights_digest(extractor.backbone) != card.backbone:
+        raise CheckpointError(
+            f"{probe} was trained on features of other weights than {extractor.path}: name those"
+        )
+
+
+def _same(classes: Classes, test: Source) -> dict[int, int]:
+    return same_classes(classes, classes_of(test, check_labels(test, name="test")))
+
+
+def _among(logits: Tensor, competing: list[int]) -> Tensor:
+    """Scores with minus infinity for all classes but these."""
+    among = torch.full_like(logits, -torch.inf)
+    among[:, competing] = logits[:, competing]
+    return among
+
+
+def _score(logits: Tensor, among: Tensor, labels: Tensor, *, competing: int) -> dict[str, float]:
+    """Top-1 and top-5 among the classes of the set; and top-1 among all, if these are more."""
+    images = len(labels)
+    top1, top5 = (int(count) for count in num_correct(among, labels))
+    score = percent(top1, top5, images=images, num_classes=competing)
+    if competing == logits.shape[1]:
+        return score
+    return score | {"top1_all_classes": 100 * int(num_correct(logits, labels)[0]) / images}
+
+
+def _protocol(extractor: FeatureExtractor, card: ProbeCard, *, competing: int) -> dict[str, object]:
+    taken = "backbone output (of a ViT: normalised CLS token)"
+    about: Mapping[str, object] = {} if card.tokens is None else asdict(card.tokens)
+    return {
+        "network": extractor.options.network,
+        "features": about or taken,
+        "normalised": card.normalised,
+        "precision": card.precision,
+        "competing_classes": competing,
+        "images": extractor.preparation,
+    }
