@@ -36,13 +36,13 @@ Measure = Callable[[argparse.Namespace], dict[str, Any]]
 _SHARED = ("knn", "logistic", "probe", "rank")  # tasks whose work the ranks of a launcher share
 # Why the other tasks do not.
 _ALONE = {
-    "linear": "the crops of every step are forwarded by one (with --no-augmentation, ranks share"
-    " the features)",
+    "linear": "one network sees the crops of every step (with --no-augmentation, ranks share the"
+    " features)",
     "finetune": "its training is not distributed",
     "pca": "its components are those of all patches together",
     "video": "every frame depends on those before it",
     **dict.fromkeys(("attention", "segment"), "its images, of any size, are seen one by one"),
-    **dict.fromkeys(("retrieve", "copies"), "one ranks all images for every query"),
+    **dict.fromkeys(("retrieve", "copies"), "one process ranks all images for every query"),
 }
 _BASELINES = {"untrained": "the same network untrained", "floors": "without a network"}
 

@@ -203,7 +203,8 @@ def evaluate_probe(
     found = Answers(
         *(source, lambda: card.classes, numbers.cpu(), truth.cpu(), answers(among).cpu())
     )
-    score = _score(logits, among, truth, competing=len(same))
+    trained = len(card.classes.present)
+    score = _score(logits, among, truth, competing=len(same), trained=trained)
     return extractor.report(
         "probe",
         probe=str(probe_path),
@@ -234,12 +235,14 @@ def _among(logits: Tensor, competing: list[int]) -> Tensor:
     return among
 
 
-def _score(logits: Tensor, among: Tensor, labels: Tensor, *, competing: int) -> dict[str, float]:
+def _score(
+    logits: Tensor, among: Tensor, labels: Tensor, *, competing: int, trained: int
+) -> dict[str, float]:
     """Top-1 and top-5 among the classes of the set; and top-1 among all, if these are more."""
     images = len(labels)
     top1, top5 = (int(count) for count in num_correct(among, labels))
     score = percent(top1, top5, images=images, num_classes=competing)
-    if competing == logits.shape[1]:
+    if competing == trained:
         return score
     return score | {"top1_all_classes": 100 * int(num_correct(logits, labels)[0]) / images}
 
