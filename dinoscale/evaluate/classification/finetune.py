@@ -151,7 +151,7 @@ def evaluate_finetune(
     details.check()
     if seed < 0:
         raise ConfigError(f"seed: need 0 or more, got {seed}")
-    target = check_target(out, weights_path)
+    target = check_target(out, weights_path, with_heads=True)
     inputs = open_inputs(weights_path, train_spec, test_spec, options)
     if recipe.precision is None:
         recipe = replace(recipe, precision="bf16" if inputs.device.type == "cuda" else "fp32")

@@ -21,7 +21,11 @@ from dinoscale.data.sources.source import Source
 from dinoscale.data.transfer import to_device
 from dinoscale.errors import DataError
 from dinoscale.evaluate.classification.answers import Answers, classes_of_set
-from dinoscale.evaluate.classification.labelled_sets import LabelledSets, labels_of
+from dinoscale.evaluate.classification.labelled_sets import (
+    LabelledSets,
+    describe_set,
+    labels_of,
+)
 from dinoscale.evaluate.features import check_labels
 from dinoscale.evaluate.frozen_backbone import (
     ExtractionOptions,
@@ -64,6 +68,16 @@ class ClassifierInputs:
         return Answers(
             self.test, classes_of_set(self.train), test.numbers.cpu(), labels, classes.cpu()
         )
+
+    def describe(self) -> dict[str, dict[str, object]]:
+        """The images of both sets that were used, for a report."""
+        sets = zip(("train", "test"), self.specs, (self.train, self.test), strict=True)
+        return {
+            name: describe_set(
+                spec, source, self.used[name].labels, unreadable=self.used[name].unreadable
+            )
+            for name, spec, source in sets
+        }
 
     @property
     def card(self) -> BackboneCard:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from dinoscale.data.sources.classes import Classes, classes_of, same_classes
 from dinoscale.data.sources.source import Source
-from dinoscale.errors import CheckpointError
+from dinoscale.errors import CheckpointError, DataError
 from dinoscale.evaluate.classification.accuracy import answers, num_correct, percent
 from dinoscale.evaluate.classification.answers import NO_DETAILS, Answers, Details, intervals
 from dinoscale.evaluate.classification.labelled_sets import describe_set, labels_of
@@ -40,6 +40,7 @@ from dinoscale.runtime import distributed
 from dinoscale.runtime.opening import on_first_rank, open_once_per_node
 
 CARD_KEY = "probe"  # of the metadata of the file
+_AT_ONCE = 2**12  # images whose scores are held; 32 MiB of float64 for 1000 classes
 
 
 @dataclass(frozen=True)
@@ -98,14 +99,19 @@ class ProbeCard:
     def parse(cls, text: str) -> ProbeCard:
         """Read what `metadata` wrote; KeyError, TypeError or ValueError if it is no such text."""
         card: dict[str, Any] = json.loads(text)
-        tokens, classes = card.pop("tokens"), card.pop("classes")
+        tokens, classes = card["tokens"], card["classes"]
         return cls(
-            **card,
+            task=str(card["task"]),
+            backbone=str(card["backbone"]),
             tokens=None if tokens is None else FeatureKind(**tokens),
+            normalised=bool(card["normalised"]),
+            precision="bf16" if card["precision"] == "bf16" else "fp32",
+            resize=int(card["resize"]),
+            crop=int(card["crop"]),
             classes=Classes(
-                classes["present"],
+                [int(number) for number in classes["present"]],
                 {int(number): tuple(names) for number, names in classes["names"].items()},
-                {int(number): outside for number, outside in classes["numbers"].items()},
+                {int(number): int(outside) for number, outside in classes["numbers"].items()},
             ),
         )
 
@@ -118,8 +124,8 @@ class KeptProbe:
     weight: Tensor  # (C, K)
     bias: Tensor  # (C,)
 
-    def logits(self, extractor: FeatureExtractor, source: Source) -> tuple[Tensor, Tensor]:
-        """Scores (N, C) of the images that can be read, and their numbers (N,); collective."""
+    def rows(self, extractor: FeatureExtractor, source: Source) -> tuple[Tensor, Tensor]:
+        """Input (N, K) for the images that can be read, and their numbers (N,); collective."""
         card, tokens = self.card, self.card.tokens
         network = (
             None if tokens is None else TokenFeatures(extractor.backbone, blocks=tokens.blocks)
@@ -133,9 +139,31 @@ class KeptProbe:
             width = int(extractor.backbone.embed_dim)  # type: ignore[arg-type]  # an int
             features = tokens.take(features, stored=tokens.blocks, token_dim=width)
         rows = features.to(self.weight.dtype)
-        if card.normalised:
-            rows = F.normalize(rows, dim=1)
-        return F.linear(rows, self.weight.to(rows.device), self.bias.to(rows.device)), numbers
+        return F.normalize(rows, dim=1) if card.normalised else rows, numbers
+
+    def judge(self, rows: Tensor, labels: Tensor, competing: list[int]) -> _Judgement:
+        """Classify rows (N, K) of known labels (N,) among some classes, and among all."""
+        weight, bias = self.weight.to(rows.device), self.bias.to(rows.device)
+        found, counts = [], [0, 0, 0]
+        for some, truth in zip(rows.split(_AT_ONCE), labels.split(_AT_ONCE), strict=True):
+            logits = F.linear(some, weight, bias)  # (some, C)
+            among = torch.full_like(logits, -torch.inf)
+            among[:, competing] = logits[:, competing]
+            of_all = num_correct(logits, truth)[0]
+            new = (*num_correct(among, truth), of_all)
+            counts = [count + int(more) for count, more in zip(counts, new, strict=True)]
+            found.append(answers(among))
+        return _Judgement(torch.cat(found), *counts)
+
+
+@dataclass(frozen=True, eq=False)
+class _Judgement:
+    """Answers (N,) among the classes that compete, and how many are right."""
+
+    answers: Tensor
+    top1: int
+    top5: int
+    top1_of_all: int  # where all classes compete
 
 
 def load_probe(path: str | Path) -> KeptProbe:
@@ -148,14 +176,20 @@ def load_probe(path: str | Path) -> KeptProbe:
         with safe_open(path, framework="pt") as file:
             card = ProbeCard.parse((file.metadata() or {})[CARD_KEY])
             probe = KeptProbe(card, file.get_tensor("weight"), file.get_tensor("bias"))
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (
+        *(OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError),
+        RecursionError,
+    ) as error:
         raise CheckpointError(
             f"{path} is no kept classifier: name a file that `evaluate linear`, `logistic` or"
             " `finetune` wrote with --out"
         ) from error
-    if probe.weight.ndim != 2 or probe.bias.shape != probe.weight.shape[:1]:
+    is_matrix = probe.weight.ndim == 2 and probe.bias.shape == probe.weight.shape[:1]
+    if not is_matrix or not set(card.classes.present) <= set(range(len(probe.bias))):
         shapes = f"{[*probe.weight.shape]} and {[*probe.bias.shape]}"
-        raise CheckpointError(f"{path}: weight and bias of shapes {shapes} are no classifier")
+        raise CheckpointError(
+            f"{path}: weight and bias of shapes {shapes} are no classifier of its classes"
+        )
     return probe
 
 
@@ -190,37 +224,45 @@ def evaluate_probe(
     card = probe.card
     sizes = {"resize": options.resize or card.resize, "crop": options.crop or card.crop}
     extractor = load_extractor(weights_path, replace(options, **sizes))
-    distributed.together(partial(_require_backbone, extractor, card, probe_path))
+    distributed.together(partial(_require_backbone, extractor, probe, probe_path))
     source = open_once_per_node(partial(extractor.open, test_spec))
     first = on_first_rank(lambda _: _same(card.classes, source))
     same = distributed.broadcast_object(first)
     assert same is not None
-    logits, numbers = probe.logits(extractor, source)
+    rows, numbers = probe.rows(extractor, source)
+    if not len(rows):
+        raise DataError(f"{test_spec}: none of the images can be read")
     labels = labels_of(source, numbers, name="test")
     renumbered = torch.tensor([same.get(i, -1) for i in range(max(same) + 1)])
     truth = renumbered.to(labels.device)[labels]
-    among = _among(logits, [*same.values()])
-    found = Answers(
-        *(source, lambda: card.classes, numbers.cpu(), truth.cpu(), answers(among).cpu())
+    found = probe.judge(rows, truth, [*same.values()])
+    given = Answers(
+        *(source, lambda: card.classes, numbers.cpu(), truth.cpu(), found.answers.cpu())
     )
     trained = len(card.classes.present)
-    score = _score(logits, among, truth, competing=len(same), trained=trained)
+    score = _score(found, images=len(rows), competing=len(same), trained=trained)
     return extractor.report(
         "probe",
         probe=str(probe_path),
-        trained_by=card.task,
         test=describe_set(test_spec, source, labels, unreadable=len(source) - len(labels)),
         protocol=_protocol(extractor, card, competing=len(same)),
         score=score,
         intervals=intervals(score, images=len(labels)),
-        **found.report(details),
+        **given.report(details),
     )
 
 
-def _require_backbone(extractor: FeatureExtractor, card: ProbeCard, probe: str | Path) -> None:
-    if weights_digest(extractor.backbone) != card.backbone:
+def _require_backbone(extractor: FeatureExtractor, probe: KeptProbe, path: str | Path) -> None:
+    backbone, tokens = extractor.backbone, probe.card.tokens
+    if weights_digest(backbone) != probe.card.backbone:
         raise CheckpointError(
-            f"{probe} was trained on features of other weights than {extractor.path}: name those"
+            f"{path} was trained on features of other weights than {extractor.path}: name those"
+        )
+    width = int(backbone.embed_dim)  # type: ignore[arg-type]  # an int
+    width *= 1 if tokens is None else tokens.blocks + tokens.pooled
+    if width != probe.weight.shape[1]:
+        raise CheckpointError(
+            f"{path} is damaged: it takes {probe.weight.shape[1]} channels, features have {width}"
         )
 
 
@@ -228,23 +270,12 @@ def _same(classes: Classes, test: Source) -> dict[int, int]:
     return same_classes(classes, classes_of(test, check_labels(test, name="test")))
 
 
-def _among(logits: Tensor, competing: list[int]) -> Tensor:
-    """Scores with minus infinity for all classes but these."""
-    among = torch.full_like(logits, -torch.inf)
-    among[:, competing] = logits[:, competing]
-    return among
-
-
-def _score(
-    logits: Tensor, among: Tensor, labels: Tensor, *, competing: int, trained: int
-) -> dict[str, float]:
+def _score(found: _Judgement, *, images: int, competing: int, trained: int) -> dict[str, float]:
     """Top-1 and top-5 among the classes of the set; and top-1 among all, if these are more."""
-    images = len(labels)
-    top1, top5 = (int(count) for count in num_correct(among, labels))
-    score = percent(top1, top5, images=images, num_classes=competing)
+    score = percent(found.top1, found.top5, images=images, num_classes=competing)
     if competing == trained:
         return score
-    return score | {"top1_all_classes": 100 * int(num_correct(logits, labels)[0]) / images}
+    return score | {"top1_all_classes": 100 * found.top1_of_all / images}
 
 
 def _protocol(extractor: FeatureExtractor, card: ProbeCard, *, competing: int) -> dict[str, object]:
@@ -252,6 +283,7 @@ def _protocol(extractor: FeatureExtractor, card: ProbeCard, *, competing: int) -
     about: Mapping[str, object] = {} if card.tokens is None else asdict(card.tokens)
     return {
         "network": extractor.options.network,
+        "trained_by": card.task,
         "features": about or taken,
         "normalised": card.normalised,
         "precision": card.precision,

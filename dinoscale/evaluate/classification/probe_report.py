@@ -13,7 +13,6 @@ from torch import nn
 from dinoscale.errors import ConfigError, OutputError
 from dinoscale.evaluate.classification.answers import Details, intervals
 from dinoscale.evaluate.classification.inputs import ClassifierInputs
-from dinoscale.evaluate.classification.labelled_sets import describe_set
 from dinoscale.runtime import distributed
 from dinoscale.runtime.fingerprint import digest_of
 from dinoscale.runtime.opening import on_first_rank
@@ -84,17 +83,10 @@ def measure_and_report(
     weights = inputs.extractor.path
     found = measured("trained", inputs.backbone)
     answers = inputs.answers(found.pop("answers"))
-    names = ("train", "test")
-    sets = zip(names, inputs.specs, (inputs.train, inputs.test), strict=True)
     report = inputs.extractor.report(
         task,
         classes=inputs.num_classes,
-        **{
-            name: describe_set(
-                spec, source, inputs.used[name].labels, unreadable=inputs.used[name].unreadable
-            )
-            for name, spec, source in sets
-        },
+        **inputs.describe(),
         protocol=dict(protocol),
         **found,
         intervals=intervals(found["score"], images=len(answers.labels)),

@@ -268,8 +268,15 @@ def best_beside(out: Path) -> Path:
     return out.with_name(f"{out.stem}-best{out.suffix}")
 
 
-def check_target(out: str | Path | None, weights: str | Path) -> Path | None:
+def check_target(
+    out: str | Path | None, weights: str | Path, *, with_heads: bool = False
+) -> Path | None:
     """Check the file to write before hours of training; None for None.
+
+    Args:
+        out: the file.
+        weights: the input.
+        with_heads: the classifier is written beside it.
 
     Raises:
         ConfigError: it is a folder, or its folder cannot be made.
@@ -280,8 +287,9 @@ def check_target(out: str | Path | None, weights: str | Path) -> Path | None:
     target = Path(out)
     if target.is_dir():
         raise ConfigError(f"out: {out} is a folder; name a file")
-    require_ours(target, source=weights)
-    require_ours(best_beside(target), source=weights)
+    files = [target, best_beside(target)]
+    for file in [*files, *(map(head_beside, files) if with_heads else ())]:
+        require_ours(file, source=weights)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -216,11 +216,7 @@ def _settings(job: _Job, heartbeat: Callable[[], None]) -> dict[str, Any]:
         "backbone": asdict(card.backbone),
         "data": {"identity": job.source.identity(heartbeat), "images": len(job.source)},
         "preprocessing": {
-            "resize": card.resize,
-            "crop": card.crop,
-            "interpolation": "bicubic",
-            "mean": card.mean,
-            "std": card.std,
+            **job.extractor.preparation,
             "max_pixel_value": card.max_pixel_value,
         },
         "features": [*job.row_shapes],

@@ -32,6 +32,7 @@ OF_THE_WEIGHTS = {
     "patch",
     "network",
 }  # last parts of protocol keys
+OF_ROWS = {WEIGHTS, "probe"}  # inputs that are what a row measures
 NOT_RANKED = {"pca", "rank"}  # tasks whose number does not measure quality
 
 
@@ -301,7 +302,8 @@ def _made_from(report: Report) -> dict[str, object]:
     """Digests of the code and of the input files except the weights, as settings."""
     made_from = report.get("made_from") or {}
     code = {"code": digest_of(made_from["code"])} if "code" in made_from else {}
-    files = {f"files.{name}": of for name, of in _inputs(report).items() if name != WEIGHTS}
+    inputs = {name: of for name, of in _inputs(report).items() if name not in OF_ROWS}
+    files = {f"files.{name}": of for name, of in inputs.items()}
     return {**files, **code}
 
 

@@ -100,6 +100,7 @@ def _made_from(**files: int) -> dict[str, Any]:
     ("other", "cells"),
     [
         (_made_from(weights=1, test=2), [[0], [0]]),
+        (_made_from(weights=1, test=2, probe=4), [[0], [0]]),
         (_made_from(weights=0, test=3), [[0, 1]]),
         (_made_from(weights=0, test=2) | {"code": {"dinoscale": "60"}}, [[0, 1]]),
         (None, [[0], [1]]),
