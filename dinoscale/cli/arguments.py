@@ -122,7 +122,7 @@ def add_extraction(task: argparse.ArgumentParser, *, crop: str) -> None:
     add_num_workers(task, of_rank=" of each rank")
 
 
-def add_whole_size(task: argparse.ArgumentParser, *, also: str = "") -> None:
+def add_size(task: argparse.ArgumentParser, *, also: str = "") -> None:
     """Add --size and --square of tasks on whole images; `also` ends the help of the size."""
     says = f"short side of the images that the network sees, default 480{also}"
     add_number(task, "--size", says, metavar="PIXELS")
@@ -133,8 +133,8 @@ def add_whole_size(task: argparse.ArgumentParser, *, also: str = "") -> None:
     )
 
 
-def whole_size(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of a task on whole images, by `add_whole_size`."""
+def size_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of a task on whole images, by `add_size`."""
     size = {} if options.size is None else {"size": options.size}
     return {**size, "square": options.square}
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from dinoscale.cli.arguments import (
     IMAGES_HELP,
     add_number,
+    add_size,
     add_weights,
-    add_whole_size,
     load_options,
-    whole_size,
+    size_options,
 )
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def _add_attention(tasks: SubCommands) -> None:
     where = attention.add_mutually_exclusive_group(required=True)
     where.add_argument("sheet", nargs="?", metavar="OUT.png", help="write a sheet only")
     where.add_argument("--out", metavar="DIR", help="write files for every image")
-    add_whole_size(attention, also="; with OUT.png WEIGHTS' crop, at least 24 patches")
+    add_size(attention, also="; with OUT.png WEIGHTS' crop, at least 24 patches")
     _add_mass(attention)
     add_number(attention, "--limit", _LIMIT_HELP)
     attention.set_defaults(run=_evaluate_attention)
@@ -71,7 +71,7 @@ def _add_segment(tasks: SubCommands) -> None:
     segment.add_argument(
         "--indexed", action="store_true", help="gray masks of 8 bits hold object numbers too"
     )
-    add_whole_size(segment)
+    add_size(segment)
     _add_mass(segment)
     segment.add_argument(
         "--out", metavar="DIR", help="write a sheet of the best, median and worst images there"
@@ -91,7 +91,7 @@ def _add_pca(tasks: SubCommands) -> None:
     add_weights(pca)
     pca.add_argument("images", metavar="IMAGES", help=IMAGES_HELP)
     pca.add_argument("--out", required=True, metavar="DIR", help="folder to write into")
-    add_whole_size(pca)
+    add_size(pca)
     pca.add_argument(
         "--foreground",
         action="store_true",
@@ -127,7 +127,7 @@ def _evaluate_attention(options: argparse.Namespace) -> dict[str, Any]:
         mass=options.mass,
         limit=options.limit,
         options=load_options(options),
-        **whole_size(options),
+        **size_options(options),
     )
 
 
@@ -142,7 +142,7 @@ def _evaluate_segment(options: argparse.Namespace) -> dict[str, Any]:
         mass=options.mass,
         out=options.out,
         options=load_options(options),
-        **whole_size(options),
+        **size_options(options),
     )
 
 
@@ -157,5 +157,5 @@ def _evaluate_pca(options: argparse.Namespace) -> dict[str, Any]:
         smooth=options.smooth,
         limit=options.limit,
         options=load_options(options),
-        **whole_size(options),
+        **size_options(options),
     )

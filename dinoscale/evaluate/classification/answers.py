@@ -175,7 +175,10 @@ def read_correct(path: Path) -> tuple[list[str], NDArray[np.bool_]]:
             with np.load(path, allow_pickle=False) as arrays:
                 return arrays["image"].tolist(), arrays["correct"].astype(np.bool_)
         with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            if tuple(reader.fieldnames or ()) != _COLUMNS:
+                raise ValueError(f"columns are not {', '.join(_COLUMNS)}")
+            rows = list(reader)
         return [row["image"] for row in rows], np.array([row["correct"] == "1" for row in rows])
     except (OSError, ValueError, KeyError, EOFError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read as predictions ({error})") from error

@@ -222,8 +222,8 @@ def evaluate_probe(
     details.check()
     probe = distributed.together(partial(load_probe, probe_path))
     card = probe.card
-    sizes = {"resize": options.resize or card.resize, "crop": options.crop or card.crop}
-    extractor = load_extractor(weights_path, replace(options, **sizes))
+    resize, crop = options.resize or card.resize, options.crop or card.crop
+    extractor = load_extractor(weights_path, replace(options, resize=resize, crop=crop))
     distributed.together(partial(_require_backbone, extractor, probe, probe_path))
     source = open_once_per_node(partial(extractor.open, test_spec))
     first = on_first_rank(lambda _: _same(card.classes, source))

@@ -30,7 +30,12 @@ from dinoscale.evaluate.classification.answers import (
     classes_of_set,
     intervals,
 )
-from dinoscale.evaluate.classification.labelled_sets import Features, LabelledSets, describe_set
+from dinoscale.evaluate.classification.labelled_sets import (
+    Features,
+    LabelledSets,
+    describe_set,
+    labels_of,
+)
 from dinoscale.evaluate.features import PIXEL_SIDE, pixel_features
 from dinoscale.evaluate.frozen_backbone import (
     DEFAULT_EXTRACTION,
@@ -288,7 +293,8 @@ def evaluate_knn(
     details.check()
     extractor = load_extractor(weights_path, options)
     sets = LabelledSets.open(train_spec, test_spec, extractor.open)
-    features = sets.features(extractor.unlabelled)
+    extract = _Numbered(extractor)
+    features = sets.features(extract)
     by_k = _classify(features, ks=ks, temp=temp)
     report = extractor.report(
         "knn",
@@ -298,10 +304,10 @@ def evaluate_knn(
         score=_score(by_k),
         knn=_by_k(by_k),
         intervals=intervals(_score(by_k), images=len(features.test)),
-        **_answers_of(sets, features, by_k).report(details),
+        **_answers_of(sets, features, extract.numbers[-1], by_k).report(details),
     )
     if untrained:
-        fresh = sets.features(extractor.untrained().unlabelled)
+        fresh = sets.features(extractor.untrained().features)
         report["untrained"] = _score(_classify(fresh, ks=ks, temp=temp))
     if pixels:
         report |= _pixel_baseline(sets, ks=ks, temp=temp, num_workers=options.num_workers)
@@ -316,8 +322,7 @@ def _check_settings(*, ks: Sequence[int], temp: float) -> None:
 
 
 def _classify(features: Features, *, ks: Sequence[int], temp: float) -> Results:
-    sets = (features.bank, features.bank_labels, features.test, features.test_labels)
-    return knn_accuracy(*sets, ks=ks, temp=temp)
+    return knn_accuracy(*features, ks=ks, temp=temp)
 
 
 def _by_k(results: Results) -> dict[str, dict[str, float]]:
@@ -327,12 +332,31 @@ def _by_k(results: Results) -> dict[str, dict[str, float]]:
     }
 
 
-def _answers_of(sets: LabelledSets, features: Features, results: Results) -> Answers:
+class _Numbered:
+    """Extracts features and labels, and keeps which images could be read.
+
+    Attributes:
+        numbers: of these in their set, (N,) int64, of each set in turn.
+    """
+
+    def __init__(self, extractor: FeatureExtractor) -> None:
+        self.numbers: list[Tensor] = []
+        self._extractor = extractor
+
+    def __call__(self, source: Source) -> tuple[Tensor, Tensor]:
+        features, numbers = self._extractor.unlabelled(source)
+        self.numbers.append(numbers.cpu())
+        return features, labels_of(source, numbers, name="evaluation")
+
+
+def _answers_of(
+    sets: LabelledSets, features: Features, numbers: Tensor, results: Results
+) -> Answers:
     """The answers of the number of neighbours that is quoted."""
     return Answers(
         sets.test,
         classes_of_set(sets.bank),
-        features.test_numbers.cpu(),
+        numbers,
         features.test_labels.cpu(),
         results[_quoted_first(results)[0]].classes.cpu(),
     )

@@ -34,7 +34,6 @@ class Features(NamedTuple):
     bank_labels: Tensor  # (N,) int64
     test: Tensor  # (M, D)
     test_labels: Tensor  # (M,) int64
-    test_numbers: Tensor  # (M,) int64, of the images in the test set
 
 
 @dataclass(frozen=True)
@@ -80,26 +79,24 @@ class LabelledSets:
         """Extract features and labels of both.
 
         Args:
-            extract: returns features (N, D) of the readable images of a source, and their numbers
-                in it (N,).
+            extract: returns features (N, D) and labels (N,) of the readable images of a source.
 
         Raises:
             DataError: none of the images of a set can be read.
         """
-        bank, numbers = _readable(*extract(self.bank), name="train")
-        test, test_numbers = _readable(*extract(self.test), name="test")
-        bank_labels = labels_of(self.bank, numbers, name="train")
-        test_labels = self.renumber.to(test.device)[labels_of(self.test, test_numbers, name="test")]
+        bank, bank_labels = _readable(*extract(self.bank), name="train")
+        test, labels = _readable(*extract(self.test), name="test")
+        test_labels = self.renumber.to(labels.device)[labels]
         lost = set(test_labels.tolist()) - set(bank_labels.tolist())
         if lost:
             log.warning("train: no image can be read of %d classes that test has", len(lost))
-        return Features(bank, bank_labels, test, test_labels, test_numbers)
+        return Features(bank, bank_labels, test, test_labels)
 
 
-def _readable(features: Tensor, numbers: Tensor, *, name: str) -> tuple[Tensor, Tensor]:
+def _readable(features: Tensor, labels: Tensor, *, name: str) -> tuple[Tensor, Tensor]:
     if not len(features):
         raise DataError(f"{name}: none of the images can be read")
-    return features, numbers
+    return features, labels
 
 
 def labels_of(source: Source, numbers: Tensor, *, name: str) -> Tensor:

@@ -268,7 +268,7 @@ class _Probe:
                 f"step {done}: all classifiers have non-finite weights; lower the learning rate"
             )
         epoch = {} if self._plan.last_only else {"epoch": done // self._plan.hold}
-        found = {"step": done, **epoch, "classifiers": results}
+        found: Evaluation = {"step": done, **epoch, "classifiers": results}
         best = _best([found])
         if self._plan.last_only:
             self._best = Best()

@@ -170,8 +170,8 @@ def _choose(
     tried = []
     shown = bar_options(shown=inputs.extractor.options.progress)
     for c in tqdm(settings.cs, unit="C", **shown):
-        model = fit(train[~held], labels[~held], c=c, max_iter=settings.max_iter)
-        scores = scores_of(model, train[held], num_classes=inputs.num_classes)
+        kept = (train[~held], labels[~held], train[held])
+        scores, _ = fit_and_score(*kept, c=c, max_iter=settings.max_iter)
         tried.append({"c": c} | _accuracy(scores, labels[held], inputs))
         log({"held_out": tried[-1]})
     return max(tried, key=lambda entry: entry["top1"]), tried  # the strongest penalty of equals
@@ -220,15 +220,29 @@ def held_out(labels: Numbers, *, seed: int) -> NDArray[np.bool_]:
     return held
 
 
-def fit(features: Rows, labels: Numbers, *, c: float, max_iter: int) -> LogisticRegression:
-    """Fit scikit-learn's logistic regression.
+def fit_and_score(
+    features: Rows, labels: Numbers, tests: Rows, *, c: float, max_iter: int
+) -> tuple[Rows, int]:
+    """Fit scikit-learn's logistic regression and score other images.
 
     Args:
         features: (N, D).
         labels: (N,), of at least two classes.
+        tests: (M, D).
         c: inverse strength of the penalty.
         max_iter: of L-BFGS.
+
+    Returns:
+        Scores (M, C) for class numbers from 0 to the highest, minus infinity for those without an
+        image; the number of iterations.
     """
+    model = fit(features, labels, c=c, max_iter=max_iter)
+    scores = scores_of(model, tests, num_classes=int(labels.max()) + 1)
+    return scores, int(model.n_iter_.max())
+
+
+def fit(features: Rows, labels: Numbers, *, c: float, max_iter: int) -> LogisticRegression:
+    """Fit scikit-learn's logistic regression; arguments as of `fit_and_score`."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 

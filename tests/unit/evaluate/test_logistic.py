@@ -19,9 +19,8 @@ from dinoscale.errors import ConfigError, DataError, OutputError
 from dinoscale.evaluate.classification.logistic import (
     CS,
     evaluate_logistic,
-    fit,
+    fit_and_score,
     held_out,
-    scores_of,
 )
 from dinoscale.evaluate.features import extract_features
 from dinoscale.evaluate.frozen_backbone import ExtractionOptions
@@ -73,18 +72,16 @@ def test_scores_are_those_of_scikit_learn_by_class_number() -> None:
     rng = np.random.default_rng(0)
     features, labels = rng.normal(size=(60, 5)), np.repeat([1, 4, 6], 20)
     tests = rng.normal(size=(9, 5))
-    fitted = fit(features, labels, c=3.0, max_iter=500)
-    scores = scores_of(fitted, tests, num_classes=7)
+    scores, iterations = fit_and_score(features, labels, tests, c=3.0, max_iter=500)
     model = LogisticRegression(C=3.0, max_iter=500).fit(features, labels)
     np.testing.assert_array_equal(scores[:, [1, 4, 6]], model.decision_function(tests))
     assert np.isneginf(scores[:, [0, 2, 3, 5]]).all()
-    assert fitted.n_iter_.max() == model.n_iter_.max()
+    assert iterations == model.n_iter_.max()
 
 
 def test_each_of_two_classes_has_a_score() -> None:
     features, labels = np.array([[-1.0], [1.0]]), np.array([0, 1])
-    model = fit(features, labels, c=10.0, max_iter=100)
-    scores = scores_of(model, np.array([[-2.0], [3.0]]), num_classes=2)
+    scores, _ = fit_and_score(features, labels, np.array([[-2.0], [3.0]]), c=10.0, max_iter=100)
     assert scores.argmax(axis=1).tolist() == [0, 1]
 
 
