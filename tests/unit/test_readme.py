@@ -26,7 +26,7 @@ def test_every_task_of_evaluate_is_shown() -> None:
     lines = commands_of("dinoscale/evaluate/README.md")
     said = {line.split()[1] for line in lines if line.startswith("evaluate ")}
     assert said == {
-        *("knn", "linear", "logistic", "finetune", "attention", "segment", "pca"),
+        *("knn", "linear", "logistic", "finetune", "probe", "attention", "segment", "pca"),
         *("video", "retrieve", "copies", "rank", "compare"),
     }
 

@@ -222,17 +222,17 @@ class _FineTuning:
             for target in weights_files(out, [evaluation["top1"] for evaluation in evaluations]):
                 save_backbone(target, backbone.state_dict(), card)
                 tensors = {"weight": head.weight, "bias": head.bias}
-                save_tensors(head_beside(target), tensors, self._card().metadata())
+                about = self._card(evaluations[-1]).metadata()
+                save_tensors(head_beside(target), tensors, about)
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"out: {out} cannot be written ({error})") from error
 
-    def _card(self) -> ProbeCard:
+    def _card(self, measured: Mapping[str, float]) -> ProbeCard:
         precision = self._recipe.precision
         assert precision is not None  # `evaluate_finetune` has chosen
         inputs, backbone = self._inputs, self._network.backbone
-        return ProbeCard.of(
-            "finetune", inputs.extractor, backbone, inputs.train, precision=precision
-        )
+        of = (inputs.extractor, backbone, inputs.train)
+        return ProbeCard.of("finetune", *of, measured=measured, precision=precision)
 
     def chosen(self, evaluations: Sequence[dict[str, float]]) -> dict[str, object]:
         """The best epoch on the test set, and the last."""

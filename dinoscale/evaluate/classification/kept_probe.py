@@ -56,6 +56,7 @@ class ProbeCard:
         resize: short side of an image before the crop, in pixels.
         crop: side of the center crop, in pixels.
         classes: of the train set.
+        measured: what the training said of it.
     """
 
     task: str
@@ -66,6 +67,7 @@ class ProbeCard:
     resize: int
     crop: int
     classes: Classes
+    measured: Mapping[str, object]
 
     @classmethod
     def of(
@@ -75,6 +77,7 @@ class ProbeCard:
         backbone: torch.nn.Module,
         train: Source,
         *,
+        measured: Mapping[str, object],
         tokens: FeatureKind | None = None,
         normalised: bool = False,
         precision: Literal["bf16", "fp32"] = "fp32",
@@ -89,10 +92,11 @@ class ProbeCard:
             resize=extractor.card.resize,
             crop=extractor.card.crop,
             classes=classes_of(train, check_labels(train, name="train")),
+            measured=measured,
         )
 
     def metadata(self) -> dict[str, str]:
-        """For the file, which `load_probe` reads."""
+        """For the file, which `load_probe` reads; of several keys the order would be random."""
         return {CARD_KEY: json.dumps(asdict(self))}
 
     @classmethod
@@ -113,6 +117,7 @@ class ProbeCard:
                 {int(number): tuple(names) for number, names in classes["names"].items()},
                 {int(number): int(outside) for number, outside in classes["numbers"].items()},
             ),
+            measured=dict(card["measured"]),
         )
 
 

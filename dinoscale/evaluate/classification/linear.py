@@ -9,7 +9,6 @@ Shape letter: N images.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -154,13 +153,13 @@ class _Probe:
         last, top1 = bests[-1], [best["top1"] for best in bests]
         kind, heads, at = self._find(last)
         tensors = {"weight": heads.weight[at], "bias": heads.bias[at]}
-        about = {"classifier": json.dumps(last)} | self._card(kind).metadata()
+        about = self._card(kind, last).metadata()
         for target in weights_files(out, top1):
             save_tensors(target, tensors, about)
 
-    def _card(self, kind: FeatureKind) -> ProbeCard:
-        extractor, backbone = self._inputs.extractor, self._tokens.backbone
-        return ProbeCard.of("linear", extractor, backbone, self._inputs.train, tokens=kind)
+    def _card(self, kind: FeatureKind, measured: Mapping[str, object]) -> ProbeCard:
+        of = (self._inputs.extractor, self._tokens.backbone, self._inputs.train)
+        return ProbeCard.of("linear", *of, measured=measured, tokens=kind)
 
     def chosen(self, evaluations: Sequence[Evaluation]) -> dict[str, object]:
         """The best classifier of the measurements that the protocol considers."""

@@ -154,7 +154,7 @@ def _prepare(
         }
         if out is None or backbone is not inputs.backbone:
             return found
-        _keep(model, inputs, out)
+        _keep(model, inputs, out, best | {"score": score})
         return found | {"out": str(out)}
 
     return measure
@@ -177,7 +177,9 @@ def _choose(
     return max(tried, key=lambda entry: entry["top1"]), tried  # the strongest penalty of equals
 
 
-def _keep(model: LogisticRegression, inputs: ClassifierInputs, out: Path) -> None:
+def _keep(
+    model: LogisticRegression, inputs: ClassifierInputs, out: Path, measured: dict[str, object]
+) -> None:
     """Write the classifier, see `kept_probe`; a class without images never has the best score."""
     weight, bias = model.coef_, model.intercept_
     if len(weight) == 1:  # of two classes scikit-learn keeps the second
@@ -189,7 +191,8 @@ def _keep(model: LogisticRegression, inputs: ClassifierInputs, out: Path) -> Non
     tensors["weight"][model.classes_] = torch.from_numpy(weight)
     tensors["bias"][model.classes_] = torch.from_numpy(bias)
     of = (inputs.extractor, inputs.backbone, inputs.train)
-    save_tensors(out, tensors, ProbeCard.of("logistic", *of, normalised=True).metadata())
+    card = ProbeCard.of("logistic", *of, measured=measured, normalised=True)
+    save_tensors(out, tensors, card.metadata())
 
 
 def _normalised(features: torch.Tensor, labels: torch.Tensor) -> tuple[Rows, Numbers]:
