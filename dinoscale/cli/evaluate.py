@@ -33,7 +33,8 @@ log = logging.getLogger(__name__)
 
 Measure = Callable[[argparse.Namespace], dict[str, Any]]
 
-_SHARED = ("knn", "logistic", "probe", "rank")  # tasks whose work the ranks of a launcher share
+# Tasks whose work the ranks of a launcher share.
+_SHARED = ("knn", "logistic", "probe", "copies", "rank")
 # Why the other tasks do not.
 _ALONE = {
     "linear": "one network sees the crops of every step (with --no-augmentation, ranks share the"
@@ -42,7 +43,7 @@ _ALONE = {
     "pca": "its components are those of all patches together",
     "video": "every frame depends on those before it",
     **dict.fromkeys(("attention", "segment"), "its images, of any size, are seen one by one"),
-    **dict.fromkeys(("retrieve", "copies"), "one process ranks all images for every query"),
+    "retrieve": "its images, of any size, are seen one by one (with --data, ranks share them)",
 }
 _BASELINES = {"untrained": "the same network untrained", "floors": "without a network"}
 
@@ -57,8 +58,9 @@ def add_evaluate(commands: SubCommands) -> None:
         " first number is the headline), `protocol` (all settings that change it), `floors` and"
         " `untrained` (baselines that it should beat, if the task has them), and `made_from`"
         " (digests of the files that were read, of the options and of the code). Under a launcher"
-        " the ranks of `knn`, `logistic`, `probe`, `rank` and `linear --no-augmentation` share the"
-        " images; the other tasks run in one process and refuse several.",
+        " the ranks of `knn`, `logistic`, `probe`, `copies`, `rank`, `linear --no-augmentation` and"
+        " `retrieve --data` share the images; the other tasks run in one process and refuse"
+        " several.",
         epilog="example: dinoscale evaluate knn weights.safetensors --train /data/train"
         " --test /data/val > knn.json",
     )
@@ -95,7 +97,7 @@ def _add_measurements(tasks: SubCommands) -> None:
 
 def _report(measure: Measure, options: argparse.Namespace) -> dict[str, Any] | None:
     """Measure, on all ranks if they share the work, else in one process; rank 0 reports."""
-    if options.task in _SHARED or getattr(options, "no_augmentation", False):
+    if _is_shared(options):
         report = on_all_ranks(lambda: _measured(measure, options))
     else:
         reason = _ALONE.get(options.task, "")
@@ -104,6 +106,14 @@ def _report(measure: Measure, options: argparse.Namespace) -> dict[str, Any] | N
     if report is not None:
         _say_score(report)
     return report
+
+
+def _is_shared(options: argparse.Namespace) -> bool:
+    by_options = {
+        "linear": getattr(options, "no_augmentation", False),
+        "retrieve": getattr(options, "data", None) is not None,
+    }
+    return options.task in _SHARED or by_options.get(options.task, False)
 
 
 def _say_score(report: dict[str, Any]) -> None:

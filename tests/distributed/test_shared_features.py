@@ -21,6 +21,9 @@ from dinoscale.evaluate.classification.linear_protocols import GridProtocol
 from dinoscale.evaluate.classification.logistic import evaluate_logistic
 from dinoscale.evaluate.features import extract_features, pixel_features
 from dinoscale.evaluate.frozen_backbone import ExtractionOptions
+from dinoscale.evaluate.retrieval.copies import Settings as CopySettings
+from dinoscale.evaluate.retrieval.copies import evaluate_made_copies
+from dinoscale.evaluate.retrieval.retrieve import evaluate_retrieve
 from dinoscale.models.zoo import build_backbone
 from tests.harness import run_distributed
 from tests.unit.evaluate.tiny_files import save_weights
@@ -111,27 +114,32 @@ def test_every_rank_gets_what_one_process_gets(world_size: int) -> None:
             assert torch.equal(of_rank[name][1], labels), name
 
 
-def probe(weights: str) -> dict[str, str]:
-    """Reports of the tasks whose extraction is shared and whose training is rank 0's."""
+def tasks(weights: str) -> dict[str, str]:
+    """Reports of tasks whose extraction is shared; rank 0 alone trains."""
     torch.set_num_threads(1)
     sets = [f"synthetic:shapes?images=41&size=16&split={split}" for split in ("train", "test")]
     options = ExtractionOptions(num_workers=0, batch_size=BATCH, progress=False, device="cpu")
     how = {"untrained": True, "details": Details(per_class=True), "options": options}
     grid = GridProtocol(iterations=3, batch_size=8)
+    sizes = CopySettings(size=16)
     reports = {
+        "retrieve": evaluate_retrieve(weights, sets[1], options=options),
+        "copies": evaluate_made_copies(
+            weights, sets[1], queries=5, settings=sizes, options=options
+        ),
         "logistic": evaluate_logistic(weights, *sets, cs=(1.0, 10.0), **how),  # type: ignore[arg-type]  # several types
         "linear": evaluate_linear(weights, *sets, protocol=grid, augment=False, **how),  # type: ignore[arg-type]  # several types
     }
     return {name: json.dumps(report) for name, report in reports.items()}
 
 
-def test_probes_on_two_ranks_are_those_of_one_process(tmp_path: Path) -> None:
+def test_tasks_on_two_ranks_are_those_of_one_process(tmp_path: Path) -> None:
     weights = save_weights(tmp_path / "weights.safetensors")
     threads = torch.get_num_threads()
-    alone = probe(str(weights))
+    alone = tasks(str(weights))
     torch.set_num_threads(threads)
     for of_rank in run_distributed(
-        "tests.distributed.test_shared_features:probe",
+        "tests.distributed.test_shared_features:tasks",
         world_size=2,
         timeout_s=120,
         weights=str(weights),

@@ -9,7 +9,7 @@ and iterations are those of the published code of Oquab et al. 2023 (arXiv:2304.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -154,7 +154,7 @@ def _prepare(
         }
         if out is None or backbone is not inputs.backbone:
             return found
-        _keep(model, inputs, out, best | {"score": score})
+        _keep(model, inputs, out, {**best, "score": score})
         return found | {"out": str(out)}
 
     return measure
@@ -178,7 +178,7 @@ def _choose(
 
 
 def _keep(
-    model: LogisticRegression, inputs: ClassifierInputs, out: Path, measured: dict[str, object]
+    model: LogisticRegression, inputs: ClassifierInputs, out: Path, measured: Mapping[str, object]
 ) -> None:
     """Write the classifier, see `kept_probe`; a class without images never has the best score."""
     weight, bias = model.coef_, model.intercept_

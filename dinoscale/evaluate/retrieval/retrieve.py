@@ -28,6 +28,7 @@ from dinoscale.evaluate.frozen_backbone import (
 from dinoscale.evaluate.progress import bar_options
 from dinoscale.evaluate.retrieval.multi_scale import SCALES, MultiScale, least_side
 from dinoscale.evaluate.retrieval.ranking import average_precision, random_precision
+from dinoscale.runtime.opening import open_once_per_node
 
 DEPTHS = (1, 5, 10)  # ranks of the precision
 SIMILARITIES_PER_CHUNK = 2**24  # sorted at a time; about 400 MiB with indices
@@ -46,6 +47,8 @@ def evaluate_retrieve(
     options: ExtractionOptions = DEFAULT_EXTRACTION,
 ) -> dict[str, object]:
     """Rank all other images by similarity to each query; those of its class are positives.
+
+    All ranks of a job call it and share the extraction; all get the report.
 
     Args:
         weights_path: of a backbone.
@@ -67,7 +70,7 @@ def evaluate_retrieve(
     if queries is not None and queries < 1:
         raise ConfigError(f"queries: need at least one, got {queries}")
     extractor = load_extractor(weights_path, options)
-    source = extractor.open(spec)
+    source = open_once_per_node(partial(extractor.open, spec))
     check_labels(source, name="retrieve")
     measure = partial(_measure, source=source, spec=spec, queries=queries, multi_scale=multi_scale)
     score, labels, chosen = measure(extractor)

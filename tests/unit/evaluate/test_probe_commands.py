@@ -72,7 +72,7 @@ def test_score_and_baselines_are_said_in_words(
         "linear {w} --train {i} --test {i}",
         *("finetune {w} --train {i} --test {i}", "attention {w} {i} --out {o}"),
         *("attention {w} {i} {o}/sheet.png", "segment {w} {i} --out {o}", "pca {w} {i} --out {o}"),
-        *("video {w} {i} --out {o}", "retrieve {w} --data {i}", "copies {w} --data {i}"),
+        *("video {w} {i} --out {o}", "retrieve {w} --images {i} --ground-truth x"),
         "compare {w} --out {o} --task 'retrieve --data {i}'",
     ],
 )
