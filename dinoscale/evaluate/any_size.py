@@ -229,33 +229,6 @@ class FittedImages:
         }
 
 
-def fitted_images(
-    loaded: LoadedBackbone,
-    spec: str,
-    *,
-    size: int,
-    square: bool,
-    limit: int | None,
-    progress: bool,
-) -> FittedImages:
-    """Open the images of a set for a ViT.
-
-    Args:
-        loaded: the ViT.
-        spec: as of `open_images`.
-        size: as of `Fit`.
-        square: as of `Fit`.
-        limit: number of images, the first ones; None takes all.
-        progress: draw a bar (`bar_options`).
-
-    Raises:
-        ConfigError: a setting is out of range, or the backbone is no ViT.
-        DataError: nothing is there, or it holds no images.
-    """
-    fit = Fit(find_patch_size(loaded.backbone), size, square)
-    return FittedImages(open_images(spec, loaded.card), fit, limit=limit, progress=progress)
-
-
 @dataclass(frozen=True)
 class WholeImages(LoadedBackbone):
     """A frozen ViT, and how it sees whole images of any size.
