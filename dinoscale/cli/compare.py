@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
     from dinoscale.reports.comparison.runs import Job
 
-_DRAWING = ("attention", "segment", "pca", "video")  # tasks with --out DIR for pictures
+# Tasks with --out DIR for pictures.
+_DRAWING = ("attention", "segment", "pca", "video", "discover", "correspond")
 _ANSWERING = ("knn", "linear", "logistic", "finetune", "probe")  # tasks with --predictions FILE
 
 

@@ -20,10 +20,12 @@ from dinoscale.cli.arguments import (
 )
 from dinoscale.cli.compare import add_compare, line_parser, split_line
 from dinoscale.cli.dense import add_dense
+from dinoscale.cli.patches import add_patch_tasks
 from dinoscale.cli.probes import add_probes
 from dinoscale.cli.propagate import add_copies, add_retrieve, add_video
 from dinoscale.cli.rank import add_rank
 from dinoscale.cli.ranks import on_all_ranks, require_one_process
+from dinoscale.cli.transfer import add_transfer
 from dinoscale.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ log = logging.getLogger(__name__)
 Measure = Callable[[argparse.Namespace], dict[str, Any]]
 
 # Tasks whose work the ranks of a launcher share.
-_SHARED = ("knn", "logistic", "probe", "copies", "rank")
+_SHARED = ("knn", "logistic", "probe", "copies", "rank", "discover", "correspond", "transfer")
 # Why the other tasks do not.
 _ALONE = {
     "linear": "one network sees the crops of every step (with --no-augmentation, ranks share the"
@@ -58,9 +60,9 @@ def add_evaluate(commands: SubCommands) -> None:
         " first number is the headline), `protocol` (all settings that change it), `floors` and"
         " `untrained` (baselines that it should beat, if the task has them), and `made_from`"
         " (digests of the files that were read, of the options and of the code). Under a launcher"
-        " the ranks of `knn`, `logistic`, `probe`, `copies`, `rank`, `linear --no-augmentation` and"
-        " `retrieve --data` share the images; the other tasks run in one process and refuse"
-        " several.",
+        " the ranks of `knn`, `logistic`, `probe`, `copies`, `rank`, `discover`, `correspond`,"
+        " `transfer`, `linear --no-augmentation` and `retrieve --data` share the work; the other"
+        " tasks run in one process and refuse several.",
         epilog="example: dinoscale evaluate knn weights.safetensors --train /data/train"
         " --test /data/val > knn.json",
     )
@@ -91,6 +93,8 @@ def _add_measurements(tasks: SubCommands) -> None:
     add_retrieve(tasks)
     add_copies(tasks)
     add_rank(tasks)
+    add_patch_tasks(tasks)
+    add_transfer(tasks)
     for task in tasks.choices.values():
         task.set_defaults(run=partial(_report, task.get_default("run")))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from dinoscale.runtime import distributed
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 _CHECK_S = 1.0  # between two checks whether another rank has failed
 
@@ -53,6 +54,33 @@ def over_ranks(extract: Extract, *, num_images: int, batch_size: int) -> tuple[T
         return rows[order], numbers[order]
 
     return distributed.together(in_order)  # copies all rows, so it may run out of memory
+
+
+def each_on_a_rank(items: Sequence[Item], work: Callable[[Item], T]) -> list[T]:
+    """Let every rank do its share of independent items one by one; all ranks call it.
+
+    Args:
+        items: the same on every rank.
+        work: makes the result of an item, which can be pickled.
+
+    Returns:
+        The results in the order of the items, on every rank.
+
+    Raises:
+        DinoscaleError: the first error of any rank, on all ranks, within seconds.
+    """
+    ranks = distributed.world_size()
+    share = items[distributed.rank() :: ranks]
+
+    def do_share(check: Callable[[], None]) -> list[T]:
+        done = []
+        for item in share:
+            done.append(work(item))
+            check()
+        return done
+
+    parts = distributed.gather_objects(distributed.together(until_a_rank_fails(do_share)))
+    return [(parts[number % ranks] or [])[number // ranks] for number in range(len(items))]
 
 
 def _share_of_rank(extract: Extract, *, num_images: int, batch_size: int) -> tuple[Tensor, Tensor]:

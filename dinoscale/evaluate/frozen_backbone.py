@@ -219,6 +219,18 @@ def load_frozen(weights_path: str | Path, options: LoadOptions) -> LoadedBackbon
     return LoadedBackbone(str(weights_path), backbone.to(device), card, device, options)
 
 
+def load_on_ranks(weights_path: str | Path, options: LoadOptions) -> LoadedBackbone:
+    """`load_frozen` where ranks share the work: all call it, and fail together.
+
+    Raises:
+        CheckpointError: the weights cannot be used, or ranks loaded different ones.
+        ConfigError: there is no such device.
+    """
+    loaded = distributed.together(lambda: load_frozen(weights_path, options))
+    _require_same_weights(loaded)
+    return loaded
+
+
 def load_extractor(weights_path: str | Path, options: ExtractionOptions) -> FeatureExtractor:
     """Load a backbone to extract features; all ranks of a job call it, and fail together.
 
@@ -242,17 +254,17 @@ def load_extractor(weights_path: str | Path, options: ExtractionOptions) -> Feat
     return extractor
 
 
-def _require_same_weights(extractor: FeatureExtractor) -> None:
+def _require_same_weights(loaded: LoadedBackbone) -> None:
     """Refuse ranks with different weights; a step of the training changes every tensor."""
     if distributed.world_size() == 1:
         return
-    state = extractor.backbone.state_dict()
+    state = loaded.backbone.state_dict()
     digest = tensors_digest({k: v for k, v in state.items() if v.numel() <= _SMALL})
     first, *others = distributed.gather_objects(digest)
     for rank, other in enumerate(others, start=1):
         if other != first:
             raise CheckpointError(
-                f"{extractor.path}: rank {rank} read other weights than rank 0. Name a file that"
+                f"{loaded.path}: rank {rank} read other weights than rank 0. Name a file that"
                 " all ranks see, or one checkpoint of a run that is still trained"
             )
 

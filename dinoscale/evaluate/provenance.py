@@ -19,8 +19,9 @@ WEIGHTS = "weights"  # the option
 # Options of tasks that name input files.
 _INPUTS = (
     *(WEIGHTS, "train", "test", "data", "images", "masks", "sequences", "ground_truth"),
-    *("originals", "queries", "distractors", "pairs", "whitening", "probe"),
+    *("originals", "queries", "distractors", "pairs", "whitening", "probe", "boxes"),
 )
+_SETS = "sets"  # the option that names several
 # Options that change no number: where to write, how to read, and what the parser adds.
 _WITHOUT_EFFECT = {
     "command",
@@ -33,9 +34,14 @@ _WITHOUT_EFFECT = {
     "sheet",
 }
 _MODULES = {
-    **{task: (f"classification.{task}",) for task in ("finetune", "knn", "linear", "logistic")},
+    **{
+        task: (f"classification.{task}",)
+        for task in ("finetune", "knn", "linear", "logistic", "transfer")
+    },
     "attention": ("dense.attention", "dense.attention_files"),
     **{task: (f"dense.{task}",) for task in ("pca", "segment")},
+    "correspond": ("correspondence.correspond",),
+    "discover": ("discovery.discover",),
     "copies": ("retrieval.copies",),
     "probe": ("classification.kept_probe",),
     "rank": ("label_free.rank",),
@@ -55,6 +61,8 @@ def made_from(options: Mapping[str, object]) -> Fingerprint | None:
     """
     task = str(options["task"])
     specs = {name: options[name] for name in _INPUTS if isinstance(options.get(name), str)}
+    sets = options.get(_SETS)
+    specs |= {f"{_SETS}.{i}": spec for i, spec in enumerate(sets if isinstance(sets, list) else [])}
     if not all(_is_there(str(spec)) for spec in specs.values()):
         return None
     settings = {name: value for name, value in options.items() if name not in _WITHOUT_EFFECT}

@@ -314,11 +314,27 @@ class VisionTransformer(nn.Module):
         `queries`, only the rows of the first `queries` tokens, (N, heads, queries, L): for the
         class token alone, memory does not grow with L squared.
         """
+        tokens, layout, rotations = self._before_last(images)
+        last: Any = self.blocks[-1]
+        return last.attn.weights(last.norm1(tokens), layout, rotations[-1], queries=queries)  # type: ignore[no-any-return]
+
+    def last_keys(self, images: Tensor) -> Tensor:
+        """Return the keys of the last block over images (N, C, H, W): (N, 1+R+P, D).
+
+        Those of all heads side by side, class token first, as the layer gives them: before any norm
+        of keys, and before they rotate with their positions.
+        """
+        tokens, layout, _ = self._before_last(images)
+        last: Any = self.blocks[-1]
+        _, keys, _ = last.attn.qkv(last.norm1(tokens)).chunk(3, dim=-1)
+        return torch.unflatten(keys, 0, layout[0])
+
+    def _before_last(self, images: Tensor) -> tuple[Tensor, Layout, list[Rotations]]:
+        """Packed tokens (T, D) of images that enter the last block; their layout and rotations."""
         tokens, layout, grids = self._embed([images])
         rotations = self._rotations(grids, tokens)
         tokens = self._run(tokens, layout, None, rotations, range(self.depth - 1))
-        last: Any = self.blocks[-1]
-        return last.attn.weights(last.norm1(tokens), layout, rotations[-1], queries=queries)  # type: ignore[no-any-return]
+        return tokens, layout, rotations
 
     def positions(self, *, height: int, width: int, of: Tensor | None = None) -> Tensor:
         """The position embedding for images of this size in pixels, from `resize_pos_embed`.

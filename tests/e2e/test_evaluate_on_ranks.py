@@ -1,4 +1,4 @@
-"""`dinoscale evaluate knn` on two processes: one report, and refusals on both."""
+"""`dinoscale evaluate` on two processes: one report, and refusals on both."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def _on_ranks(world_size: int, *arguments: object) -> list[tuple[int, str, str]]
     port = free_port()
     ranks = [
         start_module(
-            *("dinoscale", "evaluate", "knn", *arguments),
+            *("dinoscale", "evaluate", *arguments),
             environment=environment_of(rank, world_size=world_size, port=port),
         )
         for rank in range(world_size)
@@ -41,7 +41,26 @@ def _on_ranks(world_size: int, *arguments: object) -> list[tuple[int, str, str]]
 
 
 def test_rank_0_prints_the_report_of_one_process(weights: Path) -> None:
-    arguments = (weights, "--train", TRAIN, "--test", TEST, "--num-workers", 0, "--pixels")
+    arguments = ("knn", weights, "--train", TRAIN, "--test", TEST, "--num-workers", 0, "--pixels")
+    ((code, alone, _),) = _on_ranks(1, *arguments)
+    assert code == 0
+    (first, printed, said), (second, nothing, _) = _on_ranks(2, *arguments)
+    assert (first, second) == (0, 0), said
+    assert nothing == ""
+    assert json.loads(printed) == json.loads(alone)
+
+
+_IMAGES = "synthetic:shapes?images=5&size=32"  # 3 and 2
+_SHARED = {
+    "discover": f"{_IMAGES} --size 32 --untrained",
+    "correspond": f"--images {_IMAGES} --warp --size 32 --untrained",
+    "transfer": f"--sets {TRAIN} --shots 1 --seeds 2 --c 1 --num-workers 0",
+}
+
+
+@pytest.mark.parametrize("task", _SHARED)
+def test_two_ranks_that_share_the_work_give_the_report_of_one(weights: Path, task: str) -> None:
+    arguments = (task, weights, *_SHARED[task].split())
     ((code, alone, _),) = _on_ranks(1, *arguments)
     assert code == 0
     (first, printed, said), (second, nothing, _) = _on_ranks(2, *arguments)
@@ -52,7 +71,7 @@ def test_rank_0_prints_the_report_of_one_process(weights: Path) -> None:
 
 def test_a_user_error_ends_both_ranks_with_a_sentence(weights: Path, tmp_path: Path) -> None:
     nowhere = tmp_path / "nowhere"
-    for code, printed, said in _on_ranks(2, weights, "--train", nowhere, "--test", TEST):
+    for code, printed, said in _on_ranks(2, "knn", weights, "--train", nowhere, "--test", TEST):
         assert code == 2
         assert printed == ""
         assert "error: " in said

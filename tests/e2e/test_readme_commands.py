@@ -71,6 +71,9 @@ MORE: dict[str, list[str]] = {
     "evaluate video": ["--size", "64"],
     "evaluate retrieve": ["--imsize", "64"],
     "evaluate rank": shlex.split(f"{_FEW} --views 2"),
+    "evaluate transfer": shlex.split(f"{_FEW} --shots 1 --seeds 1 --c 1"),
+    "evaluate discover": ["--size", "32"],
+    "evaluate correspond": ["--size", "32"],
     "embed": shlex.split(f"{_FEW} --resize 32 --crop 32"),
     "evaluate copies": ["--size", "32", *shlex.split(_FEW)],
     "data build-shards": ["--workers", "1"],
@@ -141,6 +144,15 @@ def _add_labelled_sets(place: Path) -> None:
         save_picture(place / "roxford5k" / "jpg" / f"image{i}.jpg", seed=i % 2)
         save_picture(copydays / "original" / f"{2000 + i}00.jpg", seed=i)
         save_picture(copydays / "queries" / f"{2000 + i}01.jpg", seed=i)
+    for name in "ab":
+        save_picture(place / "SPair-71k" / "JPEGImages" / "cat" / f"{name}.jpg", seed=ord(name))
+    pair = {
+        **{"category": "cat", "src_imname": "a.jpg", "trg_imname": "b.jpg"},
+        **{"src_kps": [[10, 20]], "trg_kps": [[14, 25]], "trg_bndbox": [0, 0, 40, 48]},
+    }
+    annotation = place / "SPair-71k" / "PairAnnotation" / "test" / "1-a-b:cat.json"
+    annotation.parent.mkdir(parents=True)
+    annotation.write_text(json.dumps(pair))
     truth = {
         "imlist": [f"image{i}" for i in range(4)],
         "qimlist": ["image0"],

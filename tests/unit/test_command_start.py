@@ -103,6 +103,9 @@ _WITH_TORCH = (
     "evaluate retrieve missing --data images",
     "evaluate retrieve missing --images images --ground-truth truth.json",
     "evaluate copies missing --data images --make-copies",
+    "evaluate discover missing images --boxes boxes.json",
+    "evaluate correspond missing --images images --warp",
+    "evaluate transfer missing --sets a b",
 )
 
 

@@ -260,8 +260,8 @@ class _Probe:
             every = zip(self._plan.rates, counts, heads.finite(), strict=True)
             for rate, (top1, top5), finite in every:
                 score = percent(top1, top5, images=len(labels), num_classes=classes)
-                found = {"blocks": kind.blocks, "pooled": kind.pooled, "lr": rate} | score
-                results.append(found | ({} if finite else {"diverged": True}))
+                entry = {"blocks": kind.blocks, "pooled": kind.pooled, "lr": rate} | score
+                results.append(entry | ({} if finite else {"diverged": True}))
         if all("diverged" in result for result in results):
             raise NonFiniteError(
                 f"step {done}: all classifiers have non-finite weights; lower the learning rate"

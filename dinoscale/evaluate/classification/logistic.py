@@ -200,12 +200,13 @@ def _normalised(features: torch.Tensor, labels: torch.Tensor) -> tuple[Rows, Num
     return rows, labels.cpu().numpy()
 
 
-def held_out(labels: Numbers, *, seed: int) -> NDArray[np.bool_]:
-    """Choose a tenth of the images of each class, and of a class of two or more at least one.
+def held_out(labels: Numbers, *, seed: int, share: float = HELD_OUT) -> NDArray[np.bool_]:
+    """Choose a share of the images of each class, and of a class of two or more at least one.
 
     Args:
         labels: (N,).
         seed: of the choice.
+        share: 0 < share <= 1/2.
 
     Returns:
         (N,), true where the image is held out; each class keeps at least one image.
@@ -217,7 +218,7 @@ def held_out(labels: Numbers, *, seed: int) -> NDArray[np.bool_]:
     held = np.zeros(len(labels), dtype=np.bool_)
     for number in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == number))
-        held[members[: max(round(HELD_OUT * len(members)), int(len(members) > 1))]] = True
+        held[members[: max(round(share * len(members)), int(len(members) > 1))]] = True
     if not held.any():
         raise DataError("train: every class has a single image, none is left to choose C on")
     return held

@@ -76,23 +76,36 @@ def find_masks(source: Source, spec: str, folder: str | None) -> MaskOf:
 
 
 def _of_folder(source: Source, spec: str, folder: Path) -> MaskOf:
-    root = os.path.abspath(os.path.expanduser(spec))
-    if not os.path.isdir(root):  # one image, or a list of images
-        root = os.path.dirname(root)
+    name = relative_names(source, spec)
 
     def mask(index: int) -> Image.Image | None:
-        path = source.path(index)
-        if isinstance(source, TarSource):
-            relative = path.rpartition("::")[2]
-        else:
-            relative = os.path.relpath(path, root)
         for suffix in _SUFFIXES:
-            file = folder / Path(relative).with_suffix(suffix)
+            file = folder / Path(name(index)).with_suffix(suffix)
             if file.exists():
                 return read_as_stored(read_image_file(str(file)), str(file))
         return None
 
     return mask
+
+
+def relative_names(source: Source, spec: str) -> Callable[[int], str]:
+    """Return a function that gives the path of an image in its folder or shard.
+
+    Args:
+        source: the images.
+        spec: what they were opened from.
+    """
+    root = os.path.abspath(os.path.expanduser(spec))
+    if not os.path.isdir(root):  # one image, or a list of images
+        root = os.path.dirname(root)
+
+    def name(index: int) -> str:
+        path = source.path(index)
+        if isinstance(source, TarSource):
+            return path.rpartition("::")[2]
+        return os.path.relpath(path, root)
+
+    return name
 
 
 def _of_shards(source: TarSource) -> MaskOf:

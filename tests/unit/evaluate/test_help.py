@@ -30,7 +30,7 @@ TASKS = _tasks()
 def test_every_task_is_there() -> None:
     assert list(TASKS) == [
         *("knn", "linear", "logistic", "finetune", "probe", "attention", "segment", "pca"),
-        *("video", "retrieve", "copies", "rank", "compare"),
+        *("video", "retrieve", "copies", "rank", "discover", "correspond", "transfer", "compare"),
     ]
 
 

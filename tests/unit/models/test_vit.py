@@ -438,3 +438,15 @@ def test_masks_that_do_not_fit_are_refused() -> None:
         _vit()(crops, masks=masks)
     with pytest.raises(ValueError, match=r"masks: need shape \[3, 16\] .* got \[1, 16\]"):
         _vit(mask_token=True)(crops, masks=masks[:1])
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3_qkvb"])
+def test_last_keys_are_those_of_the_layer_before_they_rotate(name: str) -> None:
+    model, (images,) = _vit(name), _crops((2, 24, 32))
+    seen: list[Tensor] = []
+    layer = model.blocks[-1].get_submodule("attn.qkv")
+    with layer.register_forward_hook(lambda _, __, output: seen.append(output.clone())):
+        tokens = model.features(images)
+    keys = model.last_keys(images)
+    assert keys.shape == tokens.shape
+    torch.testing.assert_close(keys.flatten(0, 1), seen[0][:, 24:48], rtol=0, atol=0)

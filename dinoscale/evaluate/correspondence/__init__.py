@@ -1,0 +1,1 @@
+"""Places of one picture found again in another by their patch features."""

@@ -1,0 +1,1 @@
+"""Objects that patch features show, without labels and training."""
