@@ -197,7 +197,7 @@ def _parts() -> dict[str, type[BaseModel]]:
     for key, part in sections().items():
         found[key] = part
         for name, field in part.model_fields.items():
-            for kind in kinds(field.annotation) - {CurveConfig}:
+            for kind in kinds(field.annotation) - {CurveConfig, *found.values()}:
                 if isinstance(kind, type) and issubclass(kind, BaseModel):
                     found[f"{key}.{name}"] = kind
     return found

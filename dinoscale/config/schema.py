@@ -7,7 +7,6 @@ ranks or images in `resolve`.
 """
 
 import math
-from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -20,9 +19,9 @@ from dinoscale.config.sections.crops import (
     not_whole_patches,
 )
 from dinoscale.config.sections.data import DataConfig
+from dinoscale.config.sections.distill import DistillConfig
 from dinoscale.config.sections.engine import EngineConfig
 from dinoscale.config.sections.fields import (
-    Count,
     CountOrZero,
     Fraction,
     Momentum,
@@ -32,6 +31,7 @@ from dinoscale.config.sections.fields import (
     Section,
 )
 from dinoscale.config.sections.guard import GuardConfig
+from dinoscale.config.sections.heads import HeadConfig
 from dinoscale.config.sections.lora import LoraConfig
 from dinoscale.config.sections.monitoring import CheckpointConfig, EvalConfig, LogConfig
 from dinoscale.config.sections.objectives import (
@@ -48,52 +48,6 @@ from dinoscale.config.sections.training import (
     SchedulesConfig,
     TrainConfig,
 )
-
-
-class HeadConfig(Section):
-    """The projection head: an MLP, an L2 norm and prototypes."""
-
-    num_prototypes: Count = Field(default=65536, description="K, outputs of the head. Source: [C].")
-    hidden_dim: Count = Field(default=2048, description="Width of the hidden layers. Source: [C].")
-    bottleneck_dim: Count = Field(
-        default=256, description="Width before the prototypes. Source: [C]."
-    )
-    num_layers: Count = Field(default=3, description="Linear layers of the MLP. Source: [C].")
-    norm_last_layer: bool = Field(
-        default=True,
-        description="Keep the length of each prototype at 1 (logits in [-1, 1]). Source: [C].",
-    )
-    weight_norm: bool = Field(
-        default=True,
-        description="Weight-normalised prototypes. Source: [C]. false: a plain linear layer, as in "
-        "DINOv3, which starts with std 0.02 and has no norm_last_layer.",
-    )
-    batch_norm: bool = Field(
-        default=False,
-        description="Batch norm after each hidden layer, over a micro-batch of all ranks. [C].",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_norm_without_weight_norm(cls, values: object) -> object:
-        if not isinstance(values, Mapping) or values.get("weight_norm") is not False:
-            return values
-        return {"norm_last_layer": False, **values}
-
-    @model_validator(mode="after")
-    def _length_is_of_weight_norm(self) -> "HeadConfig":
-        if self.norm_last_layer and not self.weight_norm:
-            raise ValueError(
-                "norm_last_layer: plain prototypes (weight_norm=false) have no length of their "
-                "own, need false, got true"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _batch_norm_has_a_layer(self) -> "HeadConfig":
-        if self.batch_norm and self.num_layers == 1:
-            raise ValueError("batch_norm: needs a hidden layer, so head.num_layers >= 2, got 1")
-        return self
 
 
 class DinoConfig(Section):
@@ -179,6 +133,7 @@ class RunConfig(Section):
     koleo: KoleoConfig = Field(default_factory=KoleoConfig)
     gram: GramConfig = Field(default_factory=GramConfig)
     anchor: AnchorConfig = Field(default_factory=AnchorConfig)
+    distill: DistillConfig = Field(default_factory=DistillConfig)
     lora: LoraConfig = Field(default_factory=LoraConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     schedules: SchedulesConfig = Field(default_factory=SchedulesConfig)
@@ -306,6 +261,20 @@ class RunConfig(Section):
             update={
                 "crops": self.crops.model_copy(update=crops),
                 "gram": self.gram.model_copy(update=gram),
+            }
+        )
+
+    @property
+    def of_teacher(self) -> "RunConfig":
+        """A run whose networks are the frozen teacher of `distill`, all its weights its own."""
+        head, patch_head = self.distill.heads_beside(self.head, self.patch_head)
+        return self.model_copy(
+            update={
+                "model": self.distill.model or self.model,
+                "head": head,
+                "patch_head": patch_head,
+                "lora": LoraConfig(),
+                "optim": self.optim.model_copy(update={"trained_blocks": None}),
             }
         )
 
@@ -465,7 +434,22 @@ class RunConfig(Section):
             begins_random=self._begins_random,
             masked_share=self.ibot.masked_share if self.ibot.loss_weight else 0.0,
         )
+        mistakes += self._distill_mistakes()
         return mistakes
+
+    def _distill_mistakes(self) -> list[str]:
+        """What a frozen teacher of its own does not go with."""
+        heads = [("head", self.head)]
+        if self.ibot.loss_weight:
+            heads.append(("patch_head", self.patch_head or self.head))
+        return self.distill.mistakes(
+            heads=dict(heads),
+            sizes=[run.crops.global_size for run in self.of_sizes],
+            others=[
+                *(["gram.loss_weight"] if self.gram.loss_weight else []),
+                *self.anchor.weights,
+            ],
+        )
 
     def _length_mistakes(self) -> list[str]:
         """Phases that last longer than the run."""
