@@ -40,7 +40,10 @@ from dinoscale.errors import CheckpointError, UnreadableError
 log = logging.getLogger(__name__)
 
 # Settings that name weights which those of a run derive from.
-_DERIVED_FROM = (("train", "init_from"), ("train", "continue_from"), ("gram", "teacher"))
+_DERIVED_FROM = (
+    *(("train", "init_from"), ("train", "continue_from")),
+    *(("gram", "teacher"), ("distill", "teacher")),
+)
 _DAMAGES = (  # what parsing a damaged or foreign file can raise
     ValueError,
     OverflowError,
@@ -260,6 +263,12 @@ class Checkpoint:
         return bool(self.state.get("anchor", False))  # older versions saved none
 
     @property
+    def frozen_teacher(self) -> str | None:
+        """Digest of the frozen teacher's weights, which are not here; None without one."""
+        identity: str | None = self.state.get("frozen_teacher")  # older versions had none
+        return identity
+
+    @property
     def licence(self) -> str | None:
         """What is known of the licence of weights that these derive from; None if of none."""
         if "licence" in self.state:
@@ -305,6 +314,8 @@ def _check_state(state: dict[str, Any]) -> None:
         raise ValueError(f"{STATE_FILE} names frozen parameters that there are not")
     if type(state.get("anchor", False)) is not bool:
         raise ValueError(f"{STATE_FILE} needs to say whether there is an anchor, true or false")
+    if not isinstance(state.get("frozen_teacher"), str | None):
+        raise ValueError(f"{STATE_FILE} needs a digest of the frozen teacher, or null")
     if not isinstance(state.get("licence"), str | None):
         raise ValueError(f"{STATE_FILE} needs a text on the licence, or null")
     if not all(type(size) is int and size >= 0 for size in sizes):

@@ -224,6 +224,7 @@ class Saver:
                 "optimizer_steps": student.optimizer_steps(),
                 "gram_refreshes": None if gram is None else gram.refreshes,
                 "anchor": teacher.anchor is not None,
+                "frozen_teacher": None if teacher.frozen is None else teacher.frozen.identity,
                 **about,
             }
             live = shared_tensors(student, teacher)

@@ -79,6 +79,7 @@ RECIPE: dict[str, tuple[str, ...] | None] = {  # None: all of the section
         *("crop_size", "crop_colors", "tokens", "compare", "negatives"),
     ),
     "anchor": None,
+    "distill": ("model", "head", "patch_head"),
     "lora": None,
     "optim": None,
     "schedules": None,

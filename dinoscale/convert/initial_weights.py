@@ -1,4 +1,6 @@
-"""`train.init_from`, `gram.teacher`: weights of any source, adapted to a run before its first step.
+"""Weights of any source, adapted to a run before its first step.
+
+Those of `train.init_from`, `gram.teacher` and `distill.teacher`.
 
 Position embeddings are resized as the forward resizes them, bicubic and by the reference's rule, so
 that features at the new size are those of the source's backbone at that size, see `step_zero`. If
@@ -9,9 +11,11 @@ through the channels with the same factor; the mean does not depend on their ord
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +43,7 @@ from dinoscale.runtime.outputs import is_phase
 
 log = logging.getLogger(__name__)
 
+_FROZEN = "distill.teacher"
 _FIRST_LAYERS = ("patch_embed.proj.weight", "conv1.weight")  # of a ViT and of a ResNet
 
 
@@ -64,10 +69,12 @@ def read_initial_weights(
     )
     heads: dict[str, dict[str, Tensor]] = {}
     if config.train.init_head:
-        heads["head"] = _fitted_head(weights.head, network.head, config, section="head")
+        remedy = "set train.init_head=false to start with a random one"
+        fitted = partial(_fitted_head, path=path, key="train.init_head", remedy=remedy)
+        heads["head"] = fitted(weights.head, network.head, section="head")
         if network.patch_head is not None:
-            heads["patch_head"] = _fitted_head(
-                weights.patch_head, network.patch_head, config, section="patch_head"
+            heads["patch_head"] = fitted(
+                weights.patch_head, network.patch_head, section="patch_head"
             )
         elif weights.patch_head:
             log.info("the patch tokens' own head of %s is left out: this run has none", path)
@@ -121,6 +128,57 @@ def read_gram_weights(
     return InitialWeights(state, licence=weights.card.licence)
 
 
+def read_frozen_teacher(
+    config: RunConfig, heartbeat: Callable[[], None] = lambda: None
+) -> InitialWeights | None:
+    """Backbone, heads and identity of `distill.teacher`; None where it is null, or on other ranks.
+
+    Arguments and errors as of `read_initial_weights`.
+    """
+    path = config.distill.teacher
+    if path is None or distributed.rank() != 0:
+        return None
+    network = shapes_only(config.of_teacher)
+    weights, state, coverage, _ = _read_backbone(
+        path, network.backbone, config.of_teacher, heartbeat, key=_FROZEN, section="distill.model"
+    )
+    remedy = "give weights that have it, such as a run or a training checkpoint"
+    fitted = partial(_fitted_head, path=path, key=_FROZEN, remedy=remedy)
+    heads = {"head": fitted(weights.head, network.head, section="distill.head")}
+    if network.patch_head is not None:
+        heads["patch_head"] = fitted(
+            weights.patch_head, network.patch_head, section="distill.patch_head"
+        )
+    elif weights.patch_head and config.ibot.loss_weight:
+        raise ConfigError(
+            f"{_FROZEN}: {path} has a head of its own for patch tokens, and distill.* has none; "
+            "give distill.head and distill.patch_head"
+        )
+    log.info("the frozen teacher is %s: %s of its backbone, and its heads", path, coverage)
+    if weights.card.licence is not None:
+        log.info("%s", weights.card.licence)
+    return InitialWeights(
+        state, **heads, licence=weights.card.licence, identity=identity_of(weights.parts())
+    )
+
+
+def identity_of(parts: Mapping[str, Mapping[str, Tensor]]) -> str:
+    """Digest of the values of weights, whatever their format and the size of images.
+
+    Args:
+        parts: tensors of each network by name, of any float dtype.
+
+    Returns:
+        SHA-256 in hexadecimal of names, shapes and values in float32.
+    """
+    digest = hashlib.sha256()
+    for part, state in sorted(parts.items()):
+        for name, value in sorted(state.items()):
+            digest.update(f"{part}.{name} {[*value.shape]}\n".encode())
+            digest.update(value.detach().float().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
 def _read_backbone(
     path: str,
     target: VisionTransformer | ResNet50,
@@ -128,6 +186,7 @@ def _read_backbone(
     heartbeat: Callable[[], None],
     *,
     key: str,
+    section: str = "model",
 ) -> tuple[Weights, dict[str, Tensor], Coverage, StepZero]:
     """The weights at `path`, those that fit `target`, how many these are, and what they compute.
 
@@ -137,6 +196,7 @@ def _read_backbone(
         config: of the run.
         heartbeat: called regularly.
         key: the setting that names the path.
+        section: that of the settings of `target`.
 
     Raises:
         ConfigError: they do not fit, or the run's backbone would compute other features.
@@ -146,8 +206,8 @@ def _read_backbone(
         source, coverage = build(weights)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    state = _fitted_backbone(source, target, config, path=path, key=key)
-    _warn_if_position_rules_differ(source, target, key)
+    state = _fitted_backbone(source, target, config, path=path, key=key, section=section)
+    _warn_if_position_rules_differ(source, target, key, section)
     _warn_if_normalisation_differs(weights.card, config, key)
     side = config.crops.global_size
     step_zero = compare_at_start(source, target, state, size=side, heartbeat=heartbeat)
@@ -155,7 +215,7 @@ def _read_backbone(
         raise ConfigError(
             f"{key}: the run's backbone would not compute the features of {path}, but others that "
             f"differ by {step_zero.difference:.2g} of their length, where rounding explains "
-            f"{step_zero.bound:.1g}; {_remedy(source, target)}"
+            f"{step_zero.bound:.1g}; {_remedy(source, target, section)}"
         )
     return weights, state, coverage, step_zero
 
@@ -167,6 +227,7 @@ def _fitted_backbone(
     *,
     path: str,
     key: str,
+    section: str,
 ) -> dict[str, Tensor]:
     """Every tensor of `target`, which is on the meta device, taken from `source`."""
     there, here = _sizes(source), _sizes(target)
@@ -182,8 +243,8 @@ def _fitted_backbone(
     coverage = coverage_of(state, wanted)
     if there != here or not coverage.complete:
         raise ConfigError(
-            f"{key}: {path} holds a {there}, and the run's model.backbone "
-            f"{config.model.backbone!r} is a {here} ({coverage}); change model.*, or the file"
+            f"{key}: {path} holds a {there}, and the run's {section}.backbone "
+            f"{config.model.backbone!r} is a {here} ({coverage}); change {section}.*, or the file"
         )
     return state
 
@@ -235,16 +296,19 @@ def _sizes(backbone: VisionTransformer | ResNet50) -> str:
 
 
 def _fitted_head(
-    head: Mapping[str, Tensor] | None, target: DinoHead, config: RunConfig, *, section: str
+    head: Mapping[str, Tensor] | None,
+    target: DinoHead,
+    *,
+    path: str,
+    key: str,
+    section: str,
+    remedy: str,
 ) -> dict[str, Tensor]:
     """Every tensor of one of the run's projection heads, whose settings are in `section`."""
-    path, wanted = config.train.init_from, target.state_dict()
-    what = "projection head" if section == "head" else "own head of patch tokens"
+    wanted = target.state_dict()
+    what = "own head of patch tokens" if section.endswith("patch_head") else "projection head"
     if head is None:
-        raise ConfigError(
-            f"train.init_head: {path} has no {what}; set train.init_head=false to start with a "
-            "random one"
-        )
+        raise ConfigError(f"{key}: {path} has no {what}; {remedy}")
     frozen_norm = "last_layer.weight_g" not in wanted
     state = from_reference(head, norm_last_layer=frozen_norm)
     norms = "last_layer.weight_g"
@@ -253,34 +317,36 @@ def _fitted_head(
     coverage = coverage_of(state, wanted)
     if not coverage.complete:
         raise ConfigError(
-            f"train.init_head: the {what} of {path} is not that of {section}.* ({coverage}); "
-            f"change {section}.*, or set train.init_head=false to start with a random one"
+            f"{key}: the {what} of {path} is not that of {section}.* ({coverage}); "
+            f"change {section}.*, or {remedy}"
         )
     return state
 
 
-def _remedy(source: VisionTransformer | ResNet50, target: VisionTransformer | ResNet50) -> str:
-    """What to do if a run's backbone computes other features.
+def _remedy(
+    source: VisionTransformer | ResNet50, target: VisionTransformer | ResNet50, section: str
+) -> str:
+    """What to do if a run's backbone, with settings in `section`, computes other features.
 
     Settings that no tensor shows, and channels, with which there is nothing to adapt.
     """
     wanted = []
     there, here = _norm_eps(source), _norm_eps(target)
     if there != here:
-        wanted += [f"model.norm_eps={eps:g}" for eps in there]
+        wanted += [f"{section}.norm_eps={eps:g}" for eps in there]
     rope = getattr(source, "rope", None)
     if rope is not None and rope != getattr(target, "rope", None):
         values = {key: value for key, value in asdict(rope).items() if value is not None}
-        wanted += [f"model.rope.{key}={value}" for key, value in values.items()]
+        wanted += [f"{section}.rope.{key}={value}" for key, value in values.items()]
     masked = _masks_key_bias(source)
     if masked != _masks_key_bias(target):
-        wanted.append(f"model.mask_key_bias={str(masked).lower()}")
+        wanted.append(f"{section}.mask_key_bias={str(masked).lower()}")
     there_channels, here_channels = input_channels(source), input_channels(target)
     if not wanted and there_channels != here_channels:
         wanted.append(f"data.channels={there_channels}")
     if wanted:
         return f"set {' '.join(wanted)}, as it has"
-    return "no setting of model.* explains that: please report it, and what the file is"
+    return f"no setting of {section}.* explains that: please report it, and what the file is"
 
 
 def _norm_eps(network: nn.Module) -> list[float]:
@@ -292,7 +358,9 @@ def _masks_key_bias(network: nn.Module) -> bool:
     return any(isinstance(module, KeylessBias) for module in network.modules())
 
 
-def _warn_if_position_rules_differ(source: nn.Module, target: nn.Module, key: str) -> None:
+def _warn_if_position_rules_differ(
+    source: nn.Module, target: nn.Module, key: str, section: str
+) -> None:
     """Warn if other sizes of images get other positions than in the source."""
     if not isinstance(target, VisionTransformer) or not isinstance(source, VisionTransformer):
         return
@@ -300,8 +368,8 @@ def _warn_if_position_rules_differ(source: nn.Module, target: nn.Module, key: st
     if there != here and target.rope is None:
         log.warning(
             "%s resizes positions %s, and this run %s: features of local crops differ"
-            " by some percent; set model.position_resize=%s to keep them",
-            *(key, there, here, there),
+            " by some percent; set %s.position_resize=%s to keep them",
+            *(key, there, here, section, there),
         )
 
 

@@ -13,6 +13,7 @@ from dinoscale.config.schema import RunConfig
 from dinoscale.config.sections.training import CurveConfig
 from dinoscale.engine.frozen.gram import GramNetwork, crop_size_of
 from dinoscale.engine.frozen.network import FrozenBackbone
+from dinoscale.engine.frozen.teacher import DistillingNetwork, FrozenTeacher
 from dinoscale.engine.initialization import Write, build_on_meta
 from dinoscale.engine.micro_batch import LossWeights
 from dinoscale.engine.param_groups import trained_names
@@ -51,7 +52,10 @@ class StepZero:
 
 @dataclass(frozen=True, eq=False)
 class InitialWeights:
-    """Weights of `train.init_from`, which replace random initialization, or of `gram.teacher`.
+    """Weights that a network begins with, read before it is built.
+
+    Those of `train.init_from`, which replace random initialization, `gram.teacher` or
+    `distill.teacher`.
 
     Attributes:
         backbone: every tensor of the backbone, on the CPU.
@@ -59,6 +63,7 @@ class InitialWeights:
         patch_head: every tensor of the patch tokens' own head; None leaves it random.
         step_zero: what the backbone computes; None where nothing was compared.
         licence: what is known of theirs, None if they began as random ones.
+        identity: digest of them as they were read; None where nobody asks for it.
     """
 
     backbone: Mapping[str, Tensor]
@@ -66,6 +71,7 @@ class InitialWeights:
     patch_head: Mapping[str, Tensor] | None = None
     step_zero: StepZero | None = None
     licence: str | None = None
+    identity: str | None = None
 
     def by_name(self) -> dict[str, Tensor]:
         """All tensors by their names in the network."""
@@ -214,8 +220,9 @@ def build_pair(
         teacher_network = _build_network(config)
         gram_network = _token_network(config) if config.gram.loss_weight else None
         anchor_network = _token_network(config) if config.anchor.counts else None
+        frozen_network = _frozen_network(config) if config.distill.by_heads else None
     _configure_student(student_network, config)
-    networks = student_network, teacher_network, gram_network, anchor_network
+    networks = (student_network, teacher_network, gram_network, anchor_network, frozen_network)
     _compile_blocks(networks, config, plan)
     if config.engine.zero_stage == 3:
         gather_whole_blocks(*(network for network in networks if network is not None))
@@ -223,14 +230,23 @@ def build_pair(
     initial = initial_values(config, writes, init_from) if values else _zeros(writes)
     student = Student(student_network, config, plan, _beating(initial, heartbeat))
     heartbeat()
-    gram = anchor = None
+    gram = anchor = frozen = None
     if gram_network is not None:
         gram = GramNetwork(FrozenBackbone(gram_network, student, config, plan), config.gram)
     if anchor_network is not None:
         _set_drop_path(anchor_network.backbone, config)  # as the student's, see frozen/anchor.py
         anchor = FrozenBackbone(anchor_network, student, config, plan)
         anchor.take(student.master)
-    return student, Teacher(teacher_network, student, config, plan, gram, anchor)
+    if frozen_network is not None:
+        frozen = FrozenTeacher(frozen_network, config, plan, student.compute_dtype)
+    return student, Teacher(teacher_network, student, config, plan, gram, anchor, frozen)
+
+
+def _frozen_network(config: RunConfig) -> DistillingNetwork:
+    """The frozen teacher's network, whose patches are those of the student's grid."""
+    return DistillingNetwork(
+        _local_network(config.of_teacher), patch_size=config.model.effective_patch_size
+    )
 
 
 def _token_network(config: RunConfig) -> TokenNetwork:
@@ -289,7 +305,8 @@ def _compile_blocks(
     """Compile the blocks for a micro-batch's crops of each size; `auto` does so on a GPU only.
 
     Args:
-        networks: student, teacher, Gram network and anchor, None for one that is not there.
+        networks: student, teacher, Gram network, anchor and frozen teacher, None for one that is
+            not there.
         config: of the run.
         plan: of the run.
     """
@@ -310,7 +327,8 @@ def _forwards(config: RunConfig, *, images: int) -> tuple[list[tuple[int, int]],
     of_student = list(of_teacher)
     if crops.num_local:
         of_student.append((crops.num_local * images, crops.local_size))
-    return of_student, of_teacher, [(2 * images, crop_size_of(config))], of_teacher
+    of_gram = [(2 * images, crop_size_of(config))]
+    return of_student, of_teacher, of_gram, of_teacher, of_teacher
 
 
 def loss_weights_of(config: RunConfig) -> LossWeights:

@@ -77,6 +77,8 @@ class Dims:
         skipped: of each block that gradients reach the scalars of its matrices, once for each
             product of the backward that nothing needs; empty where all are needed.
         trains_projection: whether the patch projection trains.
+        frozen_teacher: counts of the network of another run that gives the targets, and of the
+            patches that the student is asked about; None where the average gives them.
         mixture: with sizes that differ from step to step, of which these are the largest: the
             share of the steps and the counts of each; empty with one size.
     """
@@ -114,7 +116,13 @@ class Dims:
     first_backward: int = 0
     skipped: tuple[int, ...] = ()
     trains_projection: bool = True
+    frozen_teacher: "Dims | None" = None
     mixture: tuple[tuple[float, "Dims"], ...] = ()
+
+    @property
+    def of_targets(self) -> "Dims":
+        """Counts of the network whose forward gives the targets."""
+        return self.frozen_teacher or self
 
     @property
     def of_sizes(self) -> tuple[tuple[float, "Dims"], ...]:
@@ -128,7 +136,7 @@ class Dims:
 
     @property
     def parameters(self) -> int:
-        """Scalars in the weights of the student; the teacher has as many."""
+        """Scalars in the weights of the student; its average has as many."""
         return self.backbone + self.head
 
     @property
@@ -202,11 +210,24 @@ def dims_of(config: RunConfig) -> Dims:
         ConfigError: the backbone is unknown or not a ViT.
     """
     network = shapes_only(config)
-    largest = _dims_of_size(config.of_largest_size, network)
+    teacher = shapes_only(config.of_teacher) if config.distill.by_heads else None
+
+    def of_size(run: RunConfig) -> Dims:
+        dims = _dims_of_size(run, network)
+        return dims if teacher is None else _with_teacher(dims, run, teacher)
+
+    largest = of_size(config.of_largest_size)
     if not config.crops.mixture:
         return largest
-    found = [_dims_of_size(run, network) for run in config.of_sizes]
+    found = [of_size(run) for run in config.of_sizes]
     return replace(largest, mixture=tuple(zip(config.size_weights, found, strict=True)))
+
+
+def _with_teacher(dims: Dims, config: RunConfig, network: DinoNetwork) -> Dims:
+    """The student's counts with those of its frozen teacher, asked about the same patches."""
+    teacher = _dims_of_size(config.of_teacher, network)
+    patches = replace(teacher.patches, masked=dims.patches.masked)
+    return replace(dims, frozen_teacher=replace(teacher, patches=patches))
 
 
 def _dims_of_size(config: RunConfig, network: DinoNetwork) -> Dims:
@@ -408,6 +429,15 @@ def _dropped(dims: Dims, micro_batch_size: int) -> Iterator[tuple[int, list[int]
 
 
 def _flops_of_size(dims: Dims) -> StepFlops:
+    own = _flops_of_networks(dims)
+    if dims.frozen_teacher is None:
+        return own
+    theirs = _flops_of_networks(dims.frozen_teacher)
+    return replace(own, teacher_backbone=theirs.teacher_backbone, teacher_head=theirs.teacher_head)
+
+
+def _flops_of_networks(dims: Dims) -> StepFlops:
+    """Those of a run whose teacher is as its student."""
     of_patch = head_forward_flops(
         in_dim=dims.embed_dim,
         hidden_dim=dims.patches.hidden,

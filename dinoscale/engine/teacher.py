@@ -26,6 +26,7 @@ from dinoscale.engine.ds_config import teacher_config
 from dinoscale.engine.frozen.anchor import anchor_targets
 from dinoscale.engine.frozen.gram import GramNetwork
 from dinoscale.engine.frozen.network import FrozenBackbone
+from dinoscale.engine.frozen.teacher import FrozenTeacher
 from dinoscale.engine.frozen.weights import Partitioned, Replicated
 from dinoscale.engine.gradients import compute_device
 from dinoscale.engine.micro_batch import MicroBatch, Targets
@@ -136,6 +137,7 @@ class Teacher:
         patch_center: c of the masked patches, likewise; None without a patch loss.
         gram: the network whose patches anchor the student's; None without a Gram loss.
         anchor: the network as the run began; None without an anchor.
+        frozen: the network of another run that gives the targets; None where the average does.
         mean_target: (K,) float32, mean of all class targets of the last step, equal on all ranks.
         mean_patch_target: the same of the patch targets; None without a patch loss.
     """
@@ -148,6 +150,7 @@ class Teacher:
         plan: RunPlan,
         gram: GramNetwork | None = None,
         anchor: FrozenBackbone | None = None,
+        frozen: FrozenTeacher | None = None,
     ) -> None:
         """Start as a copy of the student.
 
@@ -158,8 +161,9 @@ class Teacher:
             plan: of the run.
             gram: an earlier teacher, which the average refreshes.
             anchor: the network as the run began, which nothing changes.
+            frozen: the network of another run, which gives the targets.
         """
-        self.gram, self.anchor = gram, anchor
+        self.gram, self.anchor, self.frozen = gram, anchor, frozen
         # A rank without a fragment has shards all the same, on the student's device.
         students = (*student.flats, *student.master)
         device = students[0].device if students else compute_device()
@@ -262,8 +266,9 @@ class Teacher:
         images = batch.global_crops.flatten(0, 1).to(self._compute_dtype)
         seen = _Seen(copies=isinstance(self._weights, Partitioned), earlier=earlier)
         rows = None if batch.masks is None else batch.masks.rows
+        network = self._weights if self.frozen is None else self.frozen
         with tensor_cores(self._compute_dtype, images.device):
-            self._weights.forward([images], None, seen, None, rows)
+            network.forward([images], None, seen, None, rows)
         return seen
 
     @torch.no_grad()
@@ -387,7 +392,7 @@ class Teacher:
 
     def num_bytes(self) -> int:
         """Bytes this rank holds: float32 shard, weights for the forward, and frozen networks."""
-        frozen = (None if self.gram is None else self.gram.backbone, self.anchor)
+        frozen = (None if self.gram is None else self.gram.backbone, self.anchor, self.frozen)
         shards = sum(4 * size for size in self.layout.shard_sizes)
         return shards + self._weights.num_bytes() + sum(n.num_bytes() for n in frozen if n)
 

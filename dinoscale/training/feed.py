@@ -252,7 +252,9 @@ class MicroBatches(Sequence[MicroBatch]):
 def masks_of(
     config: RunConfig, *, step: int, first_image: int, images: int, size: int | None = None
 ) -> Masks | None:
-    """The masks of some images of a step, on the CPU; None if the run masks nothing.
+    """The masks of some images of a step, on the CPU; None if the run has no patch loss.
+
+    A student of a frozen teacher sees the patches that are drawn, too.
 
     Args:
         config: of the run.
@@ -265,7 +267,7 @@ def masks_of(
     if not ibot.loss_weight or patch_size is None:
         return None
     side = (size or config.crops.global_size) // patch_size
-    return draw_masks(
+    masks = draw_masks(
         seed=config.seed,
         step=step,
         first_image=first_image,
@@ -276,6 +278,7 @@ def masks_of(
         rule=ibot.mask_rule,
         group=ibot.mask_group,
     )
+    return masks.seen() if config.distill.by_heads else masks
 
 
 def coordinates_of(config: RunConfig, *, step: int, depth: int) -> Tensor | None:

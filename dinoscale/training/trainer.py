@@ -55,6 +55,7 @@ from dinoscale.runtime.launcher_env import Process
 from dinoscale.runtime.opening import on_first_rank, open_once_per_node
 from dinoscale.runtime.preemption import StopRequest
 from dinoscale.runtime.watchdog import Watchdog
+from dinoscale.training import frozen_teacher
 from dinoscale.training import run_directory as directory
 from dinoscale.training.feed import open_images
 from dinoscale.training.hooks.events import Events
@@ -249,6 +250,9 @@ def _build(
     gram_from, begins_gram = None, checkpoint is None or checkpoint.gram_refreshes is None
     if config.gram.loss_weight and begins_gram:
         gram_from = on_first_rank(partial(read_gram_weights, config), watchdog.heartbeat)
+    if config.distill.by_heads:
+        watchdog.progress("opening the weights of the frozen teacher")
+    frozen_from = frozen_teacher.read_same_teacher(config, checkpoint, watchdog.heartbeat)
     if config.train.micro_batch_size == "auto":
         config = _find_micro_batch(config, process, stop, watchdog)
     plan = _plan(config, process, source)
@@ -266,10 +270,10 @@ def _build(
         compare_features(config, teacher, step_zero)
     if teacher.gram is not None and begins_gram:
         _begin_gram(teacher.gram, config, plan, gram_from)
-    licence = joined_notes(
-        None if part is None else part.licence for part in (checkpoint, other, init_from, gram_from)
-    )
-    del init_from, gram_from  # 4 bytes per weight, on rank 0
+    frozen_teacher.begin(teacher, frozen_from)
+    sources = (checkpoint, other, init_from, gram_from, frozen_from)
+    licence = joined_notes(None if part is None else part.licence for part in sources)
+    del init_from, gram_from, frozen_from, sources  # 4 bytes per weight, on rank 0
     online_knn, held_out = _measured_sets(config, hosts, stop, watchdog)
     if is_first:
         _announce(config, plan, process, student, teacher, resumed_from=checkpoint, other=other)

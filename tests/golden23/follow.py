@@ -11,6 +11,7 @@ from dinoscale.config import RunConfig
 from dinoscale.config.resolve import RunPlan, resolve
 from tests.golden.test_trajectory import resume, save
 from tests.golden23.compare import Record, parts_of
+from tests.golden23.distillation import GENERATION, distillation_run
 from tests.golden23.recorded import CENTERS, RecordedRun, recorded_run
 from tests.golden23.reference_names import our_tensors
 from tests.harness import run_distributed
@@ -45,6 +46,8 @@ class Way:
     @property
     def run(self) -> RecordedRun:
         """The recorded run."""
+        if self.generation == GENERATION:
+            return distillation_run(self.recorded_ranks)
         return recorded_run(self.case, self.recorded_ranks, self.generation)
 
     @property
@@ -104,6 +107,9 @@ class Follower:
         if way.run.gram:
             assert self._teacher.gram is not None
             self._teacher.gram.load(our_tensors(way.run.gram, "backbone."))
+        if way.run.frozen:
+            assert self._teacher.frozen is not None
+            self._teacher.frozen.load(our_tensors(way.run.frozen), identity=None)
         self._steps, self._run_dir = range(*(way.steps or (0, len(self._run.steps)))), way.run_dir
         if way.run_dir is not None:
             resume(way.run_dir, self._student, self._teacher, step=self._steps.start)
@@ -151,7 +157,9 @@ class Follower:
         for micro in range(self._plan.accumulation_steps):
             first = self._rank * self._plan.images_per_rank + micro * size
             part = slice(first, first + size)
-            batch = MicroBatch(*(views[:, part] for views in crops), None, _masks(masks[:, part]))
+            drawn = _masks(masks[:, part])
+            drawn = drawn.seen() if self._run.frozen else drawn
+            batch = MicroBatch(*(views[:, part] for views in crops), None, drawn)
             if gram_crops is not None:
                 batch = dataclasses.replace(batch, gram_crops=gram_crops[:, part])
             batches.append(batch)

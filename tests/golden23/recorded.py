@@ -37,21 +37,24 @@ class RecordedRun:
         trace: trace_NAME.json, norms of tensors: "grad", "student", "teacher" -> name -> per step.
         initial: weights of student and teacher at the start, names and float32 of the reference.
         gram: those of the Gram network; empty without one.
+        frozen: those of a frozen teacher; empty without one.
     """
+
+    frozen: Mapping[str, Tensor] = {}
 
     def __init__(self, case: str, ranks: int, generation: str = "dinov2") -> None:
         name = f"{generation}_{case}_ranks{ranks}"
         self.generation = generation
         self.name, self.ranks = name, ranks
-        self.facts: dict[str, Any] = _json(name)
-        self.trace: dict[str, Any] = _json(f"trace_{name}")
+        self.facts: dict[str, Any] = facts_of(name)
+        self.trace: dict[str, Any] = facts_of(f"trace_{name}")
         self.steps: list[dict[str, Any]] = self.facts["steps"]
-        initial = _tensors(f"{generation}_{case}_initial")
-        self.gram = _trained(_below("gram_teacher.", initial))
-        if not _below("student.", initial):  # C begins as B, with a Gram network
-            initial = _tensors(f"{generation}_B_initial")
-        self.initial = _trained(_below("student.", initial))
-        self._masks = _tensors(f"{name}_masks")
+        initial = tensors_of(f"{generation}_{case}_initial")
+        self.gram = trained(below("gram_teacher.", initial))
+        if not below("student.", initial):  # C begins as B, with a Gram network
+            initial = tensors_of(f"{generation}_B_initial")
+        self.initial = trained(below("student.", initial))
+        self._masks = tensors_of(f"{name}_masks")
         assert self.facts["ranks"] == ranks
 
     def config(
@@ -64,12 +67,16 @@ class RecordedRun:
     ) -> RunConfig:
         """The run as a configuration of ours, on some ranks and with changed settings."""
         parts = (world_size or self.ranks) * accumulation
-        of_generation = {"dinov2": our_sections, "dinov3": our_sections_of_dinov3}
-        sections = of_generation[self.generation](self.facts, parts=parts)
+        sections = self.sections(parts=parts)
         sections["engine"]["zero_stage"] = stage
         for section, fields in (changes or {}).items():
             sections[section] |= fields
         return parse_config(sections)
+
+    def sections(self, *, parts: int) -> dict[str, Any]:
+        """The settings as sections of ours, for a step of so many micro-batches over all ranks."""
+        of_generation = {"dinov2": our_sections, "dinov3": our_sections_of_dinov3}
+        return of_generation[self.generation](self.facts, parts=parts)
 
     def crops(self, step: int) -> tuple[Tensor, Tensor]:
         """Global and local crops of the whole batch, (2, B, 3, S, S) and (n, B, 3, s, s)."""
@@ -104,23 +111,32 @@ class RecordedRun:
             for kind in ("grad", "student", "teacher")
         }
         kinds = () if self.facts["config"]["train"]["centering"] == "sinkhorn_knopp" else CENTERS
-        not_losses = ("dino_local_loss_weight", "gram_loss_weight", "total_loss")
-        record["losses"] = [
-            {name: loss for name, loss in step["losses"].items() if name not in not_losses}
-            for step in self.steps
-        ]
+        record["losses"] = self.losses()
         for step, losses in zip(self.steps, record["losses"], strict=True):
             if step["losses"].get("gram_loss_weight") == 0:
                 losses["gram_loss"] = 0.0  # the authors compute it; we do not, it moves nothing
         record["parts"] = [step["grad_norms"] for step in self.steps]
         record["centers"] = [{k: step[f"{k}_center_norm"] for k in kinds} for step in self.steps]
         record["last"] = {}
-        if (DATA / f"{self.name}_states.safetensors").exists():  # they are large
-            state = _below(f"step{steps[-1]}.", _tensors(f"{self.name}_states"))
-            networks = {k: _trained(_below(f"{k}.", state)) for k in ("student", "teacher")}
+        if self.has_states:
+            state = below(f"step{steps[-1]}.", tensors_of(f"{self.name}_states"))
+            networks = {k: trained(below(f"{k}.", state)) for k in ("student", "teacher")}
             record["last"] = {which: tensors for which, tensors in networks.items() if tensors}
             record["last"]["centers"] = {kind: state[f"{kind}_center"] for kind in kinds}
         return record
+
+    def losses(self) -> list[dict[str, float]]:
+        """Those of every step, by the reference's names."""
+        not_losses = ("dino_local_loss_weight", "gram_loss_weight", "total_loss")
+        return [
+            {name: loss for name, loss in step["losses"].items() if name not in not_losses}
+            for step in self.steps
+        ]
+
+    @property
+    def has_states(self) -> bool:
+        """Whether the weights at the end are here; they are large."""
+        return (DATA / f"{self.name}_states.safetensors").exists()
 
     def values(self, step: int) -> StepValues:
         """The scheduled numbers that were in force."""
@@ -155,7 +171,6 @@ def our_sections(facts: dict[str, Any], *, parts: int) -> dict[str, Any]:
     student, optim, teacher = config["student"], config["optim"], config["teacher"]
     crops, dino, ibot = config["crops"], config["dino"], config["ibot"]
     assert not student["block_chunks"]
-    assert student["qkv_bias"]
     assert student["proj_bias"]
     assert student["ffn_bias"]
     side = crops["global_crops_size"]
@@ -265,6 +280,7 @@ def our_sections_of_dinov3(facts: dict[str, Any], *, parts: int) -> dict[str, An
         "local_norm": student["untie_global_and_local_cls_norm"],
         "mask_key_bias": student["mask_k_bias"],
         "ffn_ratio": student["ffn_ratio"],
+        "qkv_bias": student["qkv_bias"],
     }
     if student["ffn_layer"] == "swiglu64":
         sections["model"]["ffn_multiple"] = 64
@@ -331,7 +347,7 @@ def _head(section: dict[str, Any]) -> dict[str, Any]:
 @functools.cache
 def _pictures(generation: str, name: str, size: int) -> Tensor:
     """Latents (views, B, 3, 6, 6) to pictures (views, B, 3, size, size), float32."""
-    latents = _tensors(f"{generation}_latents")[name]
+    latents = tensors_of(f"{generation}_latents")[name]
     return torch.stack(
         [
             F.interpolate(view, size=(size, size), mode="bicubic", align_corners=False)
@@ -341,19 +357,22 @@ def _pictures(generation: str, name: str, size: int) -> Tensor:
 
 
 @functools.cache
-def _tensors(stem: str) -> dict[str, Tensor]:
+def tensors_of(stem: str) -> dict[str, Tensor]:
+    """The tensors of a file."""
     return load_file(DATA / f"{stem}.safetensors")
 
 
 @functools.cache
-def _json(stem: str) -> Any:
+def facts_of(stem: str) -> Any:
+    """The content of a JSON file."""
     return json.loads((DATA / f"{stem}.json").read_text())
 
 
-def _trained(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def trained(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without buffers."""
     return {name: value for name, value in state.items() if not name.endswith(FIXED)}
 
 
-def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those below a prefix, without it."""
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -31,8 +31,9 @@ class Masks(NamedTuple):
     """The masked patches of a micro-batch's global crops; row v * B + b is view v of image b.
 
     Attributes:
-        masks: whether a patch is masked, bool (2 * B, P), patches row by row.
-        rows: the masked ones as ascending indices into the flattened (2 * B * P), int64 (M,).
+        masks: whether a patch is hidden, bool (2 * B, P), patches row by row.
+        rows: the masked ones, which are hidden but for those of `seen`, as ascending indices into
+            the flattened (2 * B * P), int64 (M,).
         weights: 1 / masked patches of the same crop, float32 (M,).
         chosen: whether a crop is one of those to mask, bool (2 * B,): as many in each group, and
             more than have masked patches where dinov2 draws none for some.
@@ -42,6 +43,13 @@ class Masks(NamedTuple):
     rows: Tensor
     weights: Tensor
     chosen: Tensor
+
+    def seen(self) -> "Masks":
+        """The same patches, none of them hidden from the student; its mask token keeps a gradient.
+
+        That is zero, and so the token decays, as in the authors' code.
+        """
+        return self._replace(masks=torch.zeros_like(self.masks))
 
 
 def draw_masks(

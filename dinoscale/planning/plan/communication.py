@@ -79,12 +79,10 @@ def transfers(dims: Dims, setup: Setup) -> list[Transfer]:
 
 def _gathers(dims: Dims, setup: Setup) -> list[Transfer]:
     """Weights at stage 3: teacher forward, student forward and backward, in every pass."""
-    ranks, of_node, gathers = (
-        setup.world_size,
-        setup.zero_hpz_partition_size,
-        3 * setup.accumulation_steps,
-    )
-    of_all = gathers if of_node == 1 else 2  # the node keeps what the first forwards gathered
+    ranks, of_node = setup.world_size, setup.zero_hpz_partition_size
+    forwards = 2 if dims.frozen_teacher is None else 1  # of networks of these sizes that move
+    gathers = (forwards + 1) * setup.accumulation_steps
+    of_all = gathers if of_node == 1 else forwards  # the node keeps what these gathered first
     # A block is prefetched while the one before it computes.
     prefetches = setup.stage3_max_live_parameters >= 2 * dims.block
     found = []
@@ -96,10 +94,15 @@ def _gathers(dims: Dims, setup: Setup) -> list[Transfer]:
         if times:
             found.append(Transfer(what, "all-gather", group, times, sent, prefetches))
     # Gathered in each pass; frozen, so with groups the node's copy stays.
-    for what, is_there in (("Gram network's", dims.gram_size), ("anchor's", dims.anchor)):
+    teacher = dims.frozen_teacher
+    for what, is_there, weights in (
+        ("Gram network's", dims.gram_size, dims.backbone),
+        ("anchor's", dims.anchor, dims.backbone),
+        ("frozen teacher's", teacher is not None, dims.of_targets.parameters),
+    ):
         group = ranks if of_node == 1 else of_node
         times = setup.accumulation_steps
-        sent = times * (group - 1) / group * dims.backbone * setup.weight_bytes
+        sent = times * (group - 1) / group * weights * setup.weight_bytes
         if is_there:
             found.append(Transfer(f"{what} weights", "all-gather", group, times, sent, prefetches))
     return found

@@ -84,6 +84,7 @@ def durability(
     saved = FP32 * (2 + setup.moments) * dims.trained  # master weights, EMA and moments
     saved += FP32 * (dims.frozen + (dims.backbone - dims.frozen) * dims.frozen_networks)
     write_s = saved / storage
+    of_teacher = 0 if dims.frozen_teacher is None else dims.frozen_teacher.parameters
     build_s = dims.parameters / WEIGHTS_DRAWN_PER_S
     failures = FAILURES_PER_GPU_DAY * setup.world_size
     between_s = DAY_S / failures
@@ -91,7 +92,7 @@ def durability(
     restart_s = restart.requeue_s + restart.start_s + restart.index_s + write_s
     saving = write_s / interval_s
     return Durability(
-        host_bytes=FP32 * (dims.largest + dims.frozen / setup.world_size),
+        host_bytes=FP32 * (dims.largest + dims.frozen / setup.world_size + of_teacher),
         build_s=build_s,
         checkpoint_bytes=saved,
         write_s=write_s,

@@ -69,6 +69,8 @@ def persistent(dims: Dims, setup: Setup) -> Terms:
     parts = ranks if stage == 3 else 1
     average, forward = FP32 * weights / ranks, s * weights / parts
     compared = s * (dims.backbone - dims.frozen) / parts * dims.frozen_networks
+    if dims.frozen_teacher is not None:
+        compared += s * dims.frozen_teacher.parameters / parts
     if setup.offload_optimizer:
         states = average = 0
     return {
@@ -164,7 +166,8 @@ def _gathered(
     """Weights gathered at stage 3: in use, prefetched, and saved by autograd."""
     if setup.zero_stage < 3 or setup.world_size == 1:
         return 0
-    weights, most = dims.parameters, setup.stage3_max_live_parameters
+    weights = (dims.of_targets if during == "teacher" else dims).parameters
+    most = setup.stage3_max_live_parameters
     copies = 0 if during == "teacher" else _second_copies(dims, setup)
     live = min(weights, most)  # stage3_max_live_parameters
     prefetched = min(weights, most // 2)  # stage3_prefetch_bucket_size
@@ -175,14 +178,18 @@ def _second_copies(dims: Dims, setup: Setup) -> float:
     """HpZ copies of student and teacher in a node, from the first forward to the optimizer step."""
     if setup.zero_stage < 3 or setup.zero_hpz_partition_size == 1:
         return 0
-    return 2 * setup.weight_bytes * dims.parameters / setup.zero_hpz_partition_size
+    weights = dims.parameters + dims.of_targets.parameters
+    return setup.weight_bytes * weights / setup.zero_hpz_partition_size
 
 
 def _teacher_forward(dims: Dims, setup: Setup) -> Terms:
     """The teacher's widest layer, or its prototypes while they are normalized."""
-    s, images = setup.weight_bytes, setup.micro_batch_size
-    block = _widest(dims, setup, tokens=dims.global_tokens)
-    prototypes = (2 if setup.bf16 else 1) * FP32 * _prototype_scalars(dims)
+    s, images, teacher = setup.weight_bytes, setup.micro_batch_size, dims.of_targets
+    block = _widest(teacher, setup, tokens=teacher.global_tokens)
+    prototypes = (2 if setup.bf16 else 1) * FP32 * _prototype_scalars(teacher)
+    if dims.patches.masked and teacher.patch_size != dims.patch_size:  # on both grids, in float32
+        patches = teacher.global_patches + dims.global_patches
+        block = max(block, FP32 * images * patches * teacher.embed_dim)
     pixels = s * images * dims.global_pixels if setup.bf16 else 0
     return {
         "activations": pixels + max(block, prototypes),
@@ -331,11 +338,12 @@ def _loss(dims: Dims, setup: Setup) -> Terms:
 def _patch_loss(dims: Dims, setup: Setup) -> Terms:
     """After the loss of class tokens: prototypes in float32, their gradient, a chunk of logits."""
     scalars, s = _patch_prototype_scalars(dims), setup.weight_bytes
-    prototypes = 3 * FP32 * scalars  # of student and teacher, normalized, and the gradient
+    of_teacher = _patch_prototype_scalars(dims.of_targets)
+    prototypes = FP32 * (2 * scalars + of_teacher)  # normalized, and the gradient
     if setup.bf16:
         prototypes += s * scalars  # the gradient in bfloat16
     logits = setup.micro_batch_size * dims.patches.masked * dims.patches.prototypes
-    copied = s * scalars if setup.zero_stage == 3 else 0  # the teacher's, kept for the step
+    copied = s * of_teacher if setup.zero_stage == 3 else 0  # kept for the step
     return {
         "activations": activations(dims, setup),
         "gradients": s * _prototype_scalars(dims),

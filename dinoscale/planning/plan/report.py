@@ -113,6 +113,7 @@ def make_plan(
             "head": dims.head,
             "total": dims.parameters,
             "trained": dims.trained,
+            "frozen_teacher": 0 if dims.frozen_teacher is None else dims.of_targets.parameters,
         },
         "sizes": _sizes(config, dims),
         "flops_per_image": _flops(dims),

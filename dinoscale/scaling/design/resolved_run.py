@@ -44,7 +44,7 @@ def dims_of_run(config: RunConfig) -> Dims:
         ConfigError: the backbone is unknown or not a ViT.
     """
     data = DataConfig().model_copy(update={"channels": config.data.channels})
-    sections = ("model", "head", "patch_head", "crops", "ibot", "gram")
+    sections = ("model", "head", "patch_head", "crops", "ibot", "gram", "distill")
     parts = {section: getattr(config, section) for section in sections}
     return _cached_dims(RunConfig().model_copy(update={**parts, "data": data}))
 

@@ -217,7 +217,7 @@ def test_a_published_card_has_the_recipe_and_no_paths(
     text = (tmp_path / "w.safetensors.json").read_text()
     recipe = json.loads(text)["recipe"]
     sections = {"seed", "model", "head", "crops", "augment", "dino", "ibot", "koleo", "gram"}
-    sections |= {"anchor", "lora", "optim", "schedules", "data", "train", "engine"}
+    sections |= {"anchor", "distill", "lora", "optim", "schedules", "data", "train", "engine"}
     assert recipe.keys() == sections  # it has no patch_head
     assert recipe["train"].keys() == {"epochs", "batch_size", "micro_batch_size"}
     assert recipe["optim"] == tiny_config().optim.model_dump(mode="json")

@@ -1,0 +1,61 @@
+"""The frozen teacher of a run: read at every start, and the same as long as the run lasts."""
+
+from collections.abc import Callable
+from functools import partial
+
+from dinoscale.checkpoint.load import Checkpoint
+from dinoscale.config import RunConfig
+from dinoscale.convert.initial_weights import read_frozen_teacher
+from dinoscale.engine.build import InitialWeights
+from dinoscale.engine.teacher import Teacher
+from dinoscale.errors import ConfigError
+from dinoscale.runtime import distributed
+from dinoscale.runtime.opening import on_first_rank
+
+
+def read_same_teacher(
+    config: RunConfig, checkpoint: Checkpoint | None, heartbeat: Callable[[], None] = lambda: None
+) -> InitialWeights | None:
+    """Read `distill.teacher`, on rank 0; None on other ranks and without one. Collective.
+
+    Args:
+        config: of the run.
+        checkpoint: of the run, which goes on from it.
+        heartbeat: called regularly while they are read.
+
+    Raises:
+        CheckpointError: on every rank, if the weights cannot be read.
+        ConfigError: on every rank, if they do not fit, or the run has learnt from others.
+    """
+    weights = None
+    if config.distill.by_heads:
+        weights = on_first_rank(partial(read_frozen_teacher, config), heartbeat)
+    identity = None if weights is None else weights.identity
+    distributed.together(lambda: _require_same(config, checkpoint, identity))
+    return weights
+
+
+def _require_same(config: RunConfig, checkpoint: Checkpoint | None, identity: str | None) -> None:
+    """Refuse to go on with another frozen teacher, or with none; only rank 0 knows which it is."""
+    if checkpoint is None or distributed.rank() != 0:
+        return
+    then, path = checkpoint.frozen_teacher, checkpoint.path
+    if then == identity:
+        return
+    named = config.distill.teacher or "null"
+    before = checkpoint.state["config"].get("distill", {}).get("teacher")
+    if then is None:
+        what = "has learnt from its own average, and not from a frozen teacher; set it to null"
+    else:
+        what = f"has learnt from {before} (identity {then[:12]}), whose weights are others; name it"
+    raise ConfigError(
+        f"distill.teacher: the run of {path} {what}, or start a new run with another run_dir; got "
+        f"{named}" + ("" if identity is None else f" (identity {identity[:12]})")
+    )
+
+
+def begin(teacher: Teacher, weights: InitialWeights | None) -> None:
+    """Give the frozen teacher its weights, from rank 0, if there is one; collective."""
+    if teacher.frozen is not None:
+        named = None if weights is None else weights.by_name()
+        teacher.frozen.load(named, identity=None if weights is None else weights.identity)
