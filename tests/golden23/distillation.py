@@ -41,7 +41,11 @@ class DistillationRun(RecordedRun):
             config = config | self.facts["teacher_config"]
         student = config["student"] | {"ffn_ratio": sizes["ffn_ratio"]}
         student["mask_k_bias"] &= student["qkv_bias"]  # without a bias there is none to mask
-        return self.facts | sizes | {"config": config | {"student": student}}
+        return (
+            self.facts
+            | sizes
+            | {"config": config | {"student": student, "gram": {"use_loss": False}}}
+        )
 
     def record(self) -> Record:
         """What was recorded: losses, norms of gradients, and the weights at the end, if here."""

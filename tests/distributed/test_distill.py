@@ -1,0 +1,125 @@
+"""A small student of a larger frozen teacher: interrupted, at several stages, with another one."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dinoscale.checkpoint.layout import directory, shard_file
+from tests.distributed.tiny_run import dinov2, tiny_config
+from tests.harness import run_distributed
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(300)]
+
+STOP, LAST = 2, 4
+BF16 = torch.finfo(torch.bfloat16).eps
+LOGGED = ("loss", "dino_loss", "ibot_loss", "koleo_loss", "grad_norm")
+# Wider, deeper, with registers, rotary positions and smaller patches than the student: 8 x 8 of
+# them in a global crop, of which the student has 4 x 4.
+LARGE = {"embed_dim": 24, "depth": 3, "patch_size": 4, "registers": 2, "rope": {"rescale": 2.0}}
+HEADS = {
+    "head": {"num_prototypes": 33, "hidden_dim": 26, "bottleneck_dim": 17},
+    "patch_head": {"num_prototypes": 29, "hidden_dim": 14, "bottleneck_dim": 11},
+}
+
+
+def _run(run_dir: Path, *, stop: int, **changes: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `tiny_config`."""
+    sections = dinov2("sinkhorn_knopp", patch_head=True, **changes)
+    sections["train"] = {"epochs": 2, "batch_size": 4, "micro_batch_size": 2}
+    sections["train"] |= {"stop_after_steps": stop}
+    sections["data"] = {"train": "synthetic:shapes?images=8&size=40", "num_workers": 0}
+    sections["checkpoint"] = {"every_steps": 1, "keep_last": 9}
+    return {"run_dir": str(run_dir), **sections}
+
+
+def _distilled(
+    run_dir: Path, *, teacher: Path | None, stop: int = LAST, kind: str = "0_fp32"
+) -> dict[str, Any]:
+    model = {"backbone": "vit_tiny_patch16_224", "num_heads": 2, **LARGE}
+    networks = {"model": model, **HEADS} if teacher else {}
+    stage, precision = kind.split("_")
+    return _run(
+        run_dir,
+        stop=stop,
+        distill={"teacher": str(teacher) if teacher else None, **networks},
+        engine={"zero_stage": int(stage), "precision": precision},
+    )
+
+
+def train_all(runs: list[dict[str, Any]]) -> list[str]:
+    """On every rank: train each of `runs`, arguments of `tiny_config`, and say how it ended."""
+    from dinoscale.errors import ConfigError
+    from dinoscale.runtime.launcher_env import read_process
+    from dinoscale.training.trainer import train
+
+    ends = []
+    for run in runs:
+        try:
+            train(tiny_config(**run), read_process(os.environ))
+            ends.append("done")
+        except ConfigError as error:  # noqa: PERF203  # other runs follow
+            ends.append(str(error))
+    return ends
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all runs; `ends.json` has what rank 0 says of the last ones, and all say."""
+    root = tmp_path_factory.mktemp("distilled")
+    source, resumed = root / "source", root / "resumed"
+    runs = [
+        _run(source, stop=2, model=LARGE, **HEADS, engine={"precision": "fp32"}),
+        _distilled(root / "whole", teacher=source),
+        _distilled(root / "3_fp32", teacher=source, kind="3_fp32"),
+        _distilled(root / "3_bf16", teacher=source, kind="3_bf16", stop=1),
+        _distilled(resumed, teacher=source, stop=STOP),
+        _distilled(resumed, teacher=directory(source, 1)),
+        _distilled(resumed, teacher=None),
+        _distilled(resumed, teacher=directory(source, 2)),  # the same by another name
+    ]
+    function = "tests.distributed.test_distill:train_all"
+    first, second = run_distributed(function, world_size=2, timeout_s=280, runs=runs)
+    assert first == second
+    assert first[:5] == 5 * ["done"]
+    (root / "ends.json").write_text(json.dumps(first[5:]))
+    return root
+
+
+def _logged(run_dir: Path) -> list[dict[str, float]]:
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [{key: line[key] for key in LOGGED} for line in lines if "loss" in line]
+
+
+def test_a_resumed_run_goes_on_bit_for_bit_with_the_same_teacher_only(root: Path) -> None:
+    another, none, same = json.loads((root / "ends.json").read_text())
+    assert another.startswith("distill.teacher: the run of ")
+    assert "whose weights are others" in another
+    assert "; got null" in none
+    assert same == "done"
+    assert _logged(root / "resumed") == _logged(root / "whole")
+    for rank in (0, 1):
+        files = [directory(root / name, LAST) / shard_file(rank) for name in ("whole", "resumed")]
+        first, second = map(load_file, files)
+        assert first.keys() == second.keys()
+        assert [key for key in first if not torch.equal(first[key], second[key])] == []
+
+
+def test_checkpoints_hold_the_student_and_its_average_and_not_the_teacher(root: Path) -> None:
+    held = load_file(directory(root / "whole", LAST) / shard_file(0))
+    assert {key.split("/")[0] for key in held} == {"master", "ema", "exp_avg", "exp_avg_sq"}
+    assert not any("reg_token" in key for key in held)  # which only the teacher has
+
+
+@pytest.mark.parametrize("kind", ["3_fp32", "3_bf16"])
+def test_a_teacher_in_partitions_gives_the_same_targets(root: Path, kind: str) -> None:
+    found, whole = _logged(root / kind), _logged(root / "whole")
+    assert len(found) == (LAST if kind == "3_fp32" else 1)
+    rel = 1e-5 if kind == "3_fp32" else BF16
+    for here, there in zip(found, whole, strict=False):
+        for term in LOGGED[:3]:
+            assert here[term] == pytest.approx(there[term], rel=rel)
