@@ -1,0 +1,152 @@
+"""The network of a frozen teacher, asked about patches of the student's grid."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dinoscale.config import RunConfig
+from dinoscale.data.augmentation.masks import Masks
+from dinoscale.engine.build import build_networks
+from dinoscale.engine.frozen.teacher import DistillingNetwork
+from dinoscale.engine.model_sizes import dims_of, flops_of
+from dinoscale.losses.gram import resized
+from dinoscale.models.network import DinoNetwork
+from dinoscale.planning.plan.communication import transfers
+from dinoscale.planning.plan.memory_model import peak, persistent
+from dinoscale.training.feed import masks_of
+from tests.distributed.tiny_run import dinov2, tiny_config
+from tests.unit.plan.tiny import SETUP
+
+IMAGES = 3
+LARGE: dict[str, Any] = {
+    "backbone": "vit_tiny_patch16_224",
+    "embed_dim": 24,
+    "depth": 3,
+    "num_heads": 2,
+}
+
+
+def _config(patch_size: int = 8, **changes: dict[str, Any]) -> RunConfig:
+    model = {**LARGE, "patch_size": patch_size}
+    heads = {"head": {"num_prototypes": 33, "hidden_dim": 26, "bottleneck_dim": 17}}
+    heads["patch_head"] = {"num_prototypes": 29, "hidden_dim": 14, "bottleneck_dim": 11}
+    distill = {"teacher": "w.pth", "model": model, **heads}
+    return tiny_config(
+        **dinov2("centering", patch_head=True, distill=distill, ibot={"mask_rule": "dinov3"}),
+        **changes,
+    )
+
+
+class _Asked:
+    """What an objective is asked about."""
+
+    wants_patches = False
+
+    def __init__(self) -> None:
+        self.rows: dict[str, Tensor] = {}
+
+    def of_class_tokens(self, tokens: Tensor) -> None:
+        """Nothing."""
+
+    def of_prototypes(self, classes: Any, patches: Any, weight_v: Tensor, *_: Any) -> Tensor:
+        """Keep the unit vectors."""
+        self.rows |= {"classes": classes} if patches is None else {"patches": patches}
+        return weight_v.new_zeros(())
+
+
+def _asked(network: Any, images: Tensor, rows: Tensor) -> dict[str, Tensor]:
+    objective = _Asked()
+    with torch.no_grad():
+        network([images], None, objective, None, rows)
+    return objective.rows
+
+
+def _network(config: RunConfig) -> DinoNetwork:
+    return build_networks(config.of_teacher)[1].eval()
+
+
+@pytest.mark.parametrize("patch_size", [4, 8, 16])
+def test_chosen_patches_are_those_of_the_students_grid(patch_size: int) -> None:
+    config = _config(patch_size)
+    network, masks = _network(config), _masks(config)
+    images = torch.randn(2 * IMAGES, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    found = _asked(DistillingNetwork(network, patch_size=8), images, masks.rows)
+    with torch.no_grad():
+        classes, patches = network.backbone([images], all_patches=True)
+        assert network.patch_head is not None
+        on_grid = resized(patches, num_patches=16).flatten(0, 1)[masks.rows]
+        expected = {
+            "classes": network.head.unit_vectors(classes),
+            "patches": network.patch_head.unit_vectors(on_grid),
+        }
+    assert found.keys() == expected.keys()
+    for name, rows in expected.items():
+        torch.testing.assert_close(found[name], rows, rtol=1e-5, atol=1e-6)
+    if patch_size == 8:  # the plain network, bit for bit
+        plain = _asked(network, images, masks.rows)
+        assert all(torch.equal(found[name], plain[name]) for name in plain)
+
+
+def _masks(config: RunConfig) -> Masks:
+    masks = masks_of(config, step=0, first_image=0, images=IMAGES)
+    assert masks is not None
+    return masks
+
+
+def test_the_student_sees_the_patches_that_are_drawn_and_its_mask_token_has_a_gradient() -> None:
+    config = _config()
+    masks = _masks(config)
+    hidden = _masks(tiny_config(**dinov2("centering", patch_head=True, ibot=_rule())))
+    assert not masks.masks.any()
+    assert hidden.masks.flatten().nonzero().flatten().equal(hidden.rows)
+    for name in ("rows", "weights", "chosen"):
+        assert torch.equal(getattr(masks, name), getattr(hidden, name))
+    student = build_networks(config)[0].backbone
+    images = torch.randn(2 * IMAGES, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    tokens, _ = student([images], masks=masks.masks, patch_rows=masks.rows)
+    assert torch.equal(tokens, student([images]))
+    tokens.sum().backward()
+    gradient = student.mask_token.grad
+    assert gradient is not None  # without one, AdamW would not shrink it
+    assert not gradient.any()
+
+
+def _rule() -> dict[str, Any]:
+    return {"mask_rule": "dinov3"}
+
+
+def test_the_plan_counts_the_teachers_weights_forward_and_gathers() -> None:
+    config = _config(4)
+    own = dims_of(config.model_copy(update={"distill": RunConfig().distill}))
+    dims, theirs = dims_of(config), dims_of(_alone(config))
+    teacher = dims.frozen_teacher
+    assert teacher is not None
+    assert teacher.parameters == sum(p.numel() for p in _network(config).parameters())
+    assert teacher.patches.masked == own.patches.masked != theirs.patches.masked
+    flops, of_own, of_theirs = flops_of(dims), flops_of(own), flops_of(theirs)
+    assert flops.teacher_backbone == of_theirs.teacher_backbone
+    assert flops.student_backward == of_own.student_backward
+    assert flops.total - of_own.total == flops.teacher - of_own.teacher > 0
+    for stage, parts in ((0, 1), (2, 1), (3, SETUP.world_size)):
+        setup = _at(stage)
+        more = persistent(dims, setup)["teacher"] - persistent(own, setup)["teacher"]
+        assert more == setup.weight_bytes * teacher.parameters / parts
+        assert peak(dims, setup).total > peak(own, setup).total
+    gathered = {t.what: t.sent_bytes for t in transfers(dims, _at(3))}
+    before = {t.what: t.sent_bytes for t in transfers(own, _at(3))}
+    assert gathered["weights"] == before["weights"] * 2 / 3  # the average's forward is not there
+    share = 3 / 4 * SETUP.weight_bytes * SETUP.accumulation_steps
+    assert gathered["frozen teacher's weights"] == share * teacher.parameters
+
+
+def _alone(config: RunConfig) -> RunConfig:
+    """A run of the teacher's networks."""
+    return config.of_teacher.model_copy(update={"distill": RunConfig().distill})
+
+
+def _at(stage: int) -> Any:
+    from dataclasses import replace
+
+    return replace(SETUP, zero_stage=stage)
