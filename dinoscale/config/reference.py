@@ -111,6 +111,39 @@ cannot resume with another mixture. `plan` gives the memory of the largest sizes
 `bench step` and `bench data` measure the largest alone, and log lines hold the sizes of their step.
 The last phase of `dinov3_vit7b16` has the five published sizes.
 
+## Distillation
+
+```yaml
+defaults: [dinov2_vits16]       # the student
+run_dir: runs/vits16_of_vitl14
+model: {drop_path_rate: 0.0}
+head: {num_prototypes: 131072}  # as many as the teacher's
+patch_head: {num_prototypes: 131072, norm_last_layer: false}
+dino: {targets: sinkhorn_knopp}
+distill:
+  teacher: runs/dinov2_vitl14   # a run, one of its checkpoints, or a teacher_checkpoint.pth
+  model: {backbone: vit_large_patch16_224, patch_size: 14, ffn: swiglu, layer_scale: 1e-5}
+  head: {num_prototypes: 131072, bottleneck_dim: 384, norm_last_layer: false}
+  patch_head: {num_prototypes: 131072, norm_last_layer: false}
+```
+
+`dinoscale train` with this file trains a small student of a larger, frozen teacher, as DINOv2 and
+DINOv3 made their small models: `dino`, `ibot` and `koleo` as ever, with the outputs of the frozen
+teacher and its heads as targets. The student sees its whole crops; the patch loss is taken at the
+patches that `ibot` draws. The student's average is updated as ever, and is what k-NN measures and
+`convert` exports. The papers set `model.drop_path_rate=0.0`.
+
+`distill.model`, `distill.head` and `distill.patch_head` say what the teacher is, as the sections of
+the same name do in the `config.yaml` of its run; what is left out is as the student's. It may be of
+any width, depth, layers and heads; only the numbers of prototypes have to agree, and its patches to
+fit into the global crops. Patches of another size are resized, as features, to the student's grid.
+Weights without heads, such as released backbones, are refused. Batch norm in the teacher takes the
+statistics that it has tracked. At stage 3 the teacher is sharded; below, each rank holds all of it.
+`plan` counts its memory, its forward and its transfers.
+
+Checkpoints hold a digest of the teacher in place of its weights: they are read at every start, and
+a run that has learnt from others is not resumed. They may have moved, or be in another format.
+
 ## Staying near released weights
 
 With `anchor.class_weight` or `anchor.patch_weight` above 0, features of the student's global crops

@@ -245,7 +245,7 @@ def build_pair(
 def _frozen_network(config: RunConfig) -> DistillingNetwork:
     """The frozen teacher's network, whose patches are those of the student's grid."""
     return DistillingNetwork(
-        _local_network(config.of_teacher), patch_size=config.model.effective_patch_size
+        _build_network(config.of_teacher), patch_size=config.model.effective_patch_size
     )
 
 

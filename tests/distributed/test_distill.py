@@ -22,7 +22,7 @@ LOGGED = ("loss", "dino_loss", "ibot_loss", "koleo_loss", "grad_norm")
 # them in a global crop, of which the student has 4 x 4.
 LARGE = {"embed_dim": 24, "depth": 3, "patch_size": 4, "registers": 2, "rope": {"rescale": 2.0}}
 HEADS = {
-    "head": {"num_prototypes": 33, "hidden_dim": 26, "bottleneck_dim": 17},
+    "head": {"num_prototypes": 33, "hidden_dim": 26, "bottleneck_dim": 17, "batch_norm": True},
     "patch_head": {"num_prototypes": 29, "hidden_dim": 14, "bottleneck_dim": 11},
 }
 

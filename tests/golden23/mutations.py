@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from tests.golden23.compare import renamed, require
+from tests.golden23.distillation import GENERATION
 from tests.golden23.follow import Follower, Way, joined
 from tests.golden23.recorded import RANKS
 from tests.golden23.replay import expected_of
@@ -32,9 +33,11 @@ class Mistake(NamedTuple):
     case: str
     ranks: int
     generation: str = "dinov2"
+    stage: int = STAGE
 
 
 _TEACHER, _GRAM = "dinoscale.engine.teacher", "dinoscale.engine.frozen.gram"
+_DISTILLATION = "", 2, GENERATION
 _HOOK = (
     "seen = []; hook = self.backbone.norm.register_forward_pre_hook(lambda _, x: seen.append(x[0]))"
 )
@@ -233,6 +236,31 @@ MISTAKES = (
         1,
         "dinov3",
     ),
+    Mistake(
+        "distillation: targets of the average",
+        (_TEACHER, "Teacher._look"),
+        (("else self.frozen", "else self._weights"),),
+        *_DISTILLATION,
+    ),
+    Mistake(
+        "distillation: a student that is masked",
+        ("dinoscale.data.augmentation.masks", "Masks.seen"),
+        (("torch.zeros_like(self.masks)", "self.masks.clone()"),),
+        *_DISTILLATION,
+    ),
+    Mistake(
+        "distillation: a mask token without gradient, which decay leaves alone",
+        ("dinoscale.engine.student", "Student.__call__"),
+        (("(masks.masks, masks.rows)", "(None, masks.rows)"),),
+        *_DISTILLATION,
+        stage=0,
+    ),
+    Mistake(
+        "distillation: an average that stays",
+        (_TEACHER, "Teacher.update"),
+        (("(1.0 - momentum)", "0.0"),),
+        *_DISTILLATION,
+    ),
 )
 
 
@@ -246,7 +274,7 @@ def follow_mistakes(numbers: list[int]) -> list[dict[str, Any]]:
 
 
 def _way(mistake: Mistake) -> Way:
-    return Way(mistake.case, mistake.ranks, STAGE, generation=mistake.generation)
+    return Way(mistake.case, mistake.ranks, mistake.stage, generation=mistake.generation)
 
 
 @contextlib.contextmanager
@@ -272,8 +300,8 @@ def _made(mistake: Mistake) -> Iterator[None]:
 def _first_difference(mistake: Mistake, of_ranks: list[dict[str, Any]]) -> str:
     """What the comparison says; empty if it finds nothing."""
     way = _way(mistake)
-    record, bounds = joined(of_ranks, way), BOUNDS[way.generation]
-    expected = way.run.record() if way.run.gram else expected_of(way.run)
+    record, bounds = joined(of_ranks, way), BOUNDS[way.run.generation]
+    expected = way.run.record() if way.run.gram or way.run.frozen else expected_of(way.run)
     try:
         require(record, renamed(expected), bounds, label=way.run.name)
     except AssertionError as error:

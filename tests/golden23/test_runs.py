@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.golden23.compare import PER_STEP, Bounds, Record, renamed, require
+from tests.golden23.distillation import GENERATION as DISTILLATION
+from tests.golden23.distillation import distillation_run
 from tests.golden23.follow import WITHOUT_KOLEO, Way, follow, plan_of
 from tests.golden23.recorded import CASES, GENERATIONS, RANKS, recorded_run
 from tests.golden23.replay import expected_of, replay
@@ -46,6 +48,7 @@ def followed(request: pytest.FixtureRequest) -> Followed:
     ]
     if ranks == 1:  # as it was recorded
         ways += [Way(WITH_GRAM, ranks, stage, generation="dinov3") for stage in STAGES]
+    ways += [Way("", ranks, stage, generation=DISTILLATION) for stage in STAGES]
     ways += [
         _without_koleo(case, passes)
         for case in CASES
@@ -105,6 +108,33 @@ def test_every_stage_follows_the_recorded_run_with_a_gram_network(
     way = Way(WITH_GRAM, ranks, stage, generation="dinov3")
     expected, label = renamed(way.run.record()), f"{way.run.name} at stage {stage}"
     require(records[way], expected, BOUNDS["dinov3"], label=label)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_follows_the_recorded_student_of_a_frozen_teacher(
+    followed: Followed, stage: int
+) -> None:
+    ranks, records = followed
+    way = Way("", ranks, stage, generation=DISTILLATION)
+    expected = renamed(way.run.record())
+    assert expected["last"] or ranks == 1  # one rank's are not kept here
+    require(records[way], expected, BOUNDS["dinov3"], label=f"{way.run.name} at stage {stage}")
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_schedules_of_the_distillation_are_the_recorded_ones(ranks: int) -> None:
+    from dinoscale.engine.build import schedules_of
+
+    run = distillation_run(ranks)
+    schedules = schedules_of(run.config(), plan_of(run, run.config(), ranks))
+    for step in range(len(run.steps)):
+        now, recorded = schedules.at(step), run.values(step)
+        for name in ("lr", "weight_decay", "momentum", "teacher_temp"):
+            assert getattr(now, name) == pytest.approx(getattr(recorded, name), rel=1e-12), name
+        assert now.prototypes_frozen == (recorded.prototypes_frozen or recorded.lr == 0)
 
 
 @pytest.mark.distributed

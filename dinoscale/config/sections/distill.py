@@ -73,7 +73,7 @@ class DistillConfig(Section):
                 if getattr(self, key) is not None
             ]
         return [
-            *self._teacher_mistakes(sizes),
+            *self._teacher_mistakes(sizes, teaches_patches="patch_head" in heads),
             *self._head_mistakes(heads),
             *(
                 f"{key}: its network is an earlier one of this run, and with distill.teacher the "
@@ -82,15 +82,13 @@ class DistillConfig(Section):
             ),
         ]
 
-    def _teacher_mistakes(self, sizes: Sequence[int]) -> list[str]:
+    def _teacher_mistakes(self, sizes: Sequence[int], *, teaches_patches: bool) -> list[str]:
         if self.model is None:
             return []
         patch = self.model.effective_patch_size
         if patch is None:
-            return [
-                f"distill.model.backbone: {RESNET50} has batch norm, which follows the images, and "
-                "a frozen teacher does not; need a ViT"
-            ]
+            of_patches = f"distill.model.backbone: {RESNET50} has no patches to teach; need a ViT"
+            return [f"{of_patches}, or ibot.loss_weight=0.0"] if teaches_patches else []
         return [
             f"{text} (of distill.model)"
             for size in sizes
@@ -108,10 +106,5 @@ class DistillConfig(Section):
                     f"distill.{named}.num_prototypes: {of_teacher[key].num_prototypes} prototypes "
                     f"give targets to the student's {own.num_prototypes} ({key}.num_prototypes); "
                     "need as many"
-                )
-            if of_teacher[key].batch_norm:
-                mistakes.append(
-                    f"distill.{named}.batch_norm: follows the images, and a frozen teacher does "
-                    "not; need false"
                 )
         return list(dict.fromkeys(mistakes))  # one head may have both kinds of tokens

@@ -64,6 +64,8 @@ class DistillingNetwork(DinoNetwork):
 class FrozenTeacher:
     """The network in evaluation mode, without gradient and without stochastic depth.
 
+    Batch norm, if there is any, takes the statistics that it has tracked.
+
     Attributes:
         identity: digest of its weights as they were read, on rank 0; None until they are there.
     """
@@ -91,8 +93,9 @@ class FrozenTeacher:
             materialize(network, dtype)
         self._network = network
         self._parameters: dict[str, Any] = dict(network.named_parameters())
-        for name in self._shapes:
-            self._own(name)[1].zero_()
+        self._buffers = dict(network.named_buffers())
+        for value in (*(self._own(name)[1] for name in self._shapes), *self._buffers.values()):
+            value.zero_()
 
     def forward(self, *inputs: Any) -> Any:
         """The network's result; collective at stage 3."""
@@ -115,14 +118,20 @@ class FrozenTeacher:
             weights: on rank 0, every tensor by name, on the CPU; ignored on other ranks.
             identity: of them, on rank 0.
         """
-        for name, shape in self._shapes.items():
-            value = torch.empty(shape)
+
+        def given(name: str, like: Tensor) -> Tensor:
             if weights is not None and distributed.rank() == 0:
-                value.copy_(weights[name])
-            distributed.broadcast(value)
+                like.copy_(weights[name])
+            distributed.broadcast(like)
+            return like
+
+        for name, shape in self._shapes.items():
+            value = given(name, torch.empty(shape))
             start, own = self._own(name)
             part = value.flatten()[start : start + own.numel()]  # without padding
             own[: len(part)].copy_(part)
+        for name, buffer in self._buffers.items():
+            buffer.copy_(given(name, torch.empty_like(buffer, device="cpu")))
         if self._partitioned is not None:
             self._partitioned.forget_copies()
         self.identity = identity

@@ -42,7 +42,8 @@ def _head(plan: dict[str, Any]) -> list[str]:
     if counts["trained"] < counts["total"]:
         of_teacher = f"{_million(counts['trained'])} M train, and the teacher shares the others"
     if counts["frozen_teacher"]:
-        of_teacher += f", and the frozen teacher {_million(counts['frozen_teacher'])} M"
+        frozen_teacher = _million(counts["frozen_teacher"])
+        of_teacher = f"its average has as many, and the frozen teacher {frozen_teacher} M"
     frozen = "".join(
         f" + {name} {giga[key]}"
         for key, name in (("gram", "Gram network"), ("anchor", "anchor"))

@@ -14,6 +14,7 @@ def _config(distill: dict[str, Any], **sections: dict[str, Any]) -> RunConfig:
     return parse_config({"distill": {"teacher": "w.pth", **distill}, **sections})
 
 
+_HEADS = {"head": {}, "patch_head": {"num_prototypes": 9}}
 PATCHES = {"ibot": {"loss_weight": 1.0}, "patch_head": {"num_prototypes": 9}}
 
 
@@ -33,8 +34,11 @@ PATCHES = {"ibot": {"loss_weight": 1.0}, "patch_head": {"num_prototypes": 9}}
             r"^distill.patch_head.num_prototypes: 7 .* 9 \(patch_head.num_prototypes\)",
         ),
         ({"head": {}}, PATCHES, r"^distill.head.num_prototypes: 65536 .* 9 \(patch_head.num_pro"),
-        ({"head": {"batch_norm": True}}, {}, r"^distill.head.batch_norm: follows .* need false"),
-        ({"model": {"backbone": "resnet50"}}, {}, r"^distill.model.backbone: .* need a ViT$"),
+        (
+            {"model": {"backbone": "resnet50"}, **_HEADS},
+            PATCHES,
+            r"^distill.model.backbone: resnet50 has no patches to teach; need a ViT, or ibot.loss",
+        ),
         (
             {"model": LARGE},
             {"crops": {"global_size": 240}, "eval": {"crop": 240, "resize": 256}},
