@@ -47,7 +47,10 @@ def _require_same(config: RunConfig, checkpoint: Checkpoint | None, identity: st
     if then is None:
         what = "has learnt from its own average, and not from a frozen teacher; set it to null"
     else:
-        what = f"has learnt from {before} (identity {then[:12]}), whose weights are others; name it"
+        what = (
+            f"has learnt from {before} (identity {then[:12]}), whose weights are others; name "
+            "those, of a run that has gone on its checkpoint"
+        )
     raise ConfigError(
         f"distill.teacher: the run of {path} {what}, or start a new run with another run_dir; got "
         f"{named}" + ("" if identity is None else f" (identity {identity[:12]})")

@@ -47,8 +47,10 @@ OBJECTIVES: dict[str, Mapping[str, dict[str, Any]]] = {  # changes of the config
         gram={"loss_weight": 1.0, "refresh_every_steps": 4, "first_refresh_step": 5},
     ),
     "centering": dinov2("centering", patch_head=False),
-    "adapters": {"lora": {"rank": 2}, "anchor": {"class_weight": 1.0}},  # of the weights of a run
+    "adapters": {"lora": {"rank": 2}, "anchor": {"class_weight": 1.0}},
+    "distillation": {},
 }
+_SOURCES = {"adapters": ("train", "init_from"), "distillation": ("distill", "teacher")}  # a run
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,9 @@ def run_kills(folder: Path, *, kills: int, stage: int, seed: int, objective: str
     """
     epochs = 2 + 3 * kills * _STEPS_PER_START * BATCH // (2 * IMAGES)  # kills come late
     sections = OBJECTIVES[objective]
-    if objective == "adapters":
-        sections = {**sections, "train": {"init_from": str(_source(folder, stage=stage))}}
+    if objective in _SOURCES:
+        section, key = _SOURCES[objective]
+        sections = {**sections, section: {key: str(_source(folder, stage=stage))}}
     broken = write_config(folder / "broken", stage=stage, epochs=epochs, **sections)
     tally, run_dir, left = Tally(), broken.parent / "run", list[_Left]()
     for moment in moments(kills, seed):

@@ -6,7 +6,7 @@ section 5.2; [D] ours.
 
 from collections.abc import Mapping, Sequence
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dinoscale.config.sections.backbones import RESNET50, ModelConfig
 from dinoscale.config.sections.crops import not_whole_patches
@@ -43,6 +43,12 @@ class DistillConfig(Section):
         description="With a head: that of its patch tokens, with as many prototypes as the "
         "student's; null: they share the class tokens' head.",
     )
+
+    @model_validator(mode="after")
+    def _patch_head_is_beside_a_head(self) -> "DistillConfig":
+        if self.patch_head is not None and self.head is None:
+            raise ValueError("patch_head: is beside a head of distill; give distill.head too")
+        return self
 
     @property
     def by_heads(self) -> bool:

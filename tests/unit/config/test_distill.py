@@ -22,6 +22,7 @@ PATCHES = {"ibot": {"loss_weight": 1.0}, "patch_head": {"num_prototypes": 9}}
     ("distill", "sections", "says"),
     [
         ({"teacher": None, "model": LARGE}, {}, r"^distill.model: is of a frozen teacher; give"),
+        ({"patch_head": {}}, {}, r"^distill.patch_head: is beside a head .*give distill.head too"),
         ({"teacher": None, "head": {}}, {}, r"^distill.head: is of a frozen teacher; give"),
         (
             {"head": {"num_prototypes": 7}},
