@@ -27,9 +27,9 @@ HEADS = {
 }
 
 
-def _run(run_dir: Path, *, stop: int, **changes: dict[str, Any]) -> dict[str, Any]:
+def _run(run_dir: Path, stop: int, **changes: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `tiny_config`."""
-    sections = dinov2("sinkhorn_knopp", patch_head=True, **changes)
+    sections = dinov2("sinkhorn_knopp", patch_head=True) | changes
     sections["train"] = {"epochs": 2, "batch_size": 4, "micro_batch_size": 2}
     sections["train"] |= {"stop_after_steps": stop}
     sections["data"] = {"train": "synthetic:shapes?images=8&size=40", "num_workers": 0}
@@ -45,7 +45,7 @@ def _distilled(
     stage, precision = kind.split("_")
     return _run(
         run_dir,
-        stop=stop,
+        stop,
         distill={"teacher": str(teacher) if teacher else None, **networks},
         engine={"zero_stage": int(stage), "precision": precision},
     )
@@ -73,7 +73,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("distilled")
     source, resumed = root / "source", root / "resumed"
     runs = [
-        _run(source, stop=2, model=LARGE, **HEADS, engine={"precision": "fp32"}),
+        _run(source, 2, model=LARGE, **HEADS, engine={"precision": "fp32"}),
         _distilled(root / "whole", teacher=source),
         _distilled(root / "3_fp32", teacher=source, kind="3_fp32"),
         _distilled(root / "3_bf16", teacher=source, kind="3_bf16", stop=1),
