@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinoscale.config import RunConfig
-from dinoscale.config.schema import HeadConfig
 from dinoscale.config.sections.backbones import named_vit_size
+from dinoscale.config.sections.heads import HeadConfig
 from dinoscale.engine.schedules import StepValues
 from dinoscale.errors import ConfigError
 from tests.reference import Attention, Mlp, PatchEmbed

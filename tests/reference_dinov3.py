@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinoscale.config import RunConfig
-from dinoscale.config.schema import HeadConfig
 from dinoscale.config.sections.backbones import named_vit_size
+from dinoscale.config.sections.heads import HeadConfig
 from tests.reference import PatchEmbed
 from tests.reference_dinov2 import (
     LayerScale,

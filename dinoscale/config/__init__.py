@@ -25,11 +25,12 @@ from dinoscale.config.resolve import (
     with_micro_batch,
     without_auto,
 )
-from dinoscale.config.schema import DinoConfig, HeadConfig, RunConfig
+from dinoscale.config.schema import DinoConfig, RunConfig
 from dinoscale.config.sections.backbones import ModelConfig
 from dinoscale.config.sections.crops import AugmentConfig, CropsConfig
 from dinoscale.config.sections.data import DataConfig
 from dinoscale.config.sections.engine import EngineConfig
+from dinoscale.config.sections.heads import HeadConfig
 from dinoscale.config.sections.monitoring import CheckpointConfig, EvalConfig, LogConfig
 from dinoscale.config.sections.training import OptimConfig, TrainConfig
 

@@ -67,7 +67,7 @@ def read_initial_weights(
     weights, state, coverage, step_zero = _read_backbone(
         path, network.backbone, config, heartbeat, key="train.init_from"
     )
-    heads: dict[str, dict[str, Tensor]] = {}
+    heads: dict[str, Any] = {}
     if config.train.init_head:
         remedy = "set train.init_head=false to start with a random one"
         fitted = partial(_fitted_head, path=path, key="train.init_head", remedy=remedy)
@@ -144,7 +144,7 @@ def read_frozen_teacher(
     )
     remedy = "give weights that have it, such as a run or a training checkpoint"
     fitted = partial(_fitted_head, path=path, key=_FROZEN, remedy=remedy)
-    heads = {"head": fitted(weights.head, network.head, section="distill.head")}
+    heads: dict[str, Any] = {"head": fitted(weights.head, network.head, section="distill.head")}
     if network.patch_head is not None:
         heads["patch_head"] = fitted(
             weights.patch_head, network.patch_head, section="distill.patch_head"

@@ -47,7 +47,7 @@ def test_values_are_told_in_words(row: str) -> None:
 
 
 def test_the_files_in_the_head_are_some(tmp_path: Path) -> None:
-    inherited, phases, mixed = re.findall(r"```yaml\n(.*?)```", reference(), re.DOTALL)
+    inherited, phases, mixed, distilled = re.findall(r"```yaml\n(.*?)```", reference(), re.DOTALL)
     path = tmp_path / "run.yaml"
     path.write_text(inherited)
     config = load_config(str(path), ["optim.lr=1e-3", "eval.train=null"])
@@ -61,3 +61,13 @@ def test_the_files_in_the_head_are_some(tmp_path: Path) -> None:
         (512, 768),
         (768, 1152),
     ]
+    path.write_text(distilled)
+    config = load_config(str(path))
+    assert config.of_teacher.model == load_config("dinov2_vitl14").model.model_copy(
+        update={
+            key: getattr(config.of_teacher.model, key)
+            for key in ("drop_path_rate", "drop_path_uniform", "drop_path_mode")  # not read
+        }
+    )
+    heads = [config.of_teacher.head, config.of_teacher.patch_head]
+    assert heads == [load_config("dinov2_vitl14").head, load_config("dinov2_vitl14").patch_head]

@@ -142,8 +142,8 @@ LIST = HEAD + "design: list\nruns: [%s]\n"
             GRID % "hed.num_prototypes: [1], head: [1]",
             [
                 ": axes.hed.num_prototypes: unknown section 'hed', did you mean 'head'; known are"
-                " model, head, crops, augment, dino, ibot, koleo, gram, anchor, lora, optim,"
-                " schedules, train, data, engine, eval, guard, log,"
+                " model, head, crops, augment, dino, ibot, koleo, gram, anchor, distill, lora,"
+                " optim, schedules, train, data, engine, eval, guard, log,"
                 " checkpoint",
                 ": axes.head: is a section; name one of its settings, as head.num_prototypes",
             ],
