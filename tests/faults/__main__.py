@@ -29,7 +29,7 @@ def main() -> None:
         "--objective",
         default="dino",
         choices=OBJECTIVES,
-        help="DINO, DINOv2 by its targets, or adapters (stages 0 to 2) beside weights of a run",
+        help="DINO, DINOv2 by its targets, or adapters (stages 0 to 2) or distillation from a run",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="R", help="of the moments")
     options = parser.parse_args()

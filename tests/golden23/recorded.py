@@ -21,7 +21,8 @@ from dinoscale.engine.schedules import StepValues
 from tests.golden23.compare import Record
 from tests.golden23.reference_names import FIXED
 
-DATA = Path(os.environ.get("DINOSCALE_GOLDEN23", Path(__file__).parent / "data"))
+OWN = Path(__file__).parent / "data"
+DATA = Path(os.environ.get("DINOSCALE_GOLDEN23", OWN))
 CENTERS = ("dino", "ibot")  # of class tokens and of patches
 GENERATIONS = ("dinov2", "dinov3")
 CASES = ("A", "B")
