@@ -56,6 +56,7 @@ class Case(NamedTuple):
     dinov3: bool = False  # a norm for local crops, prototypes without lengths
     anchor: bool = False  # of patches
     lora_rank: int = 0
+    teacher_dim: int = 0  # width of a frozen teacher of other heads and smaller patches; 0: none
 
     def config(self) -> RunConfig:
         """The configuration of the run."""
@@ -78,6 +79,7 @@ class Case(NamedTuple):
             },
             anchor={"patch_weight": float(self.anchor)},
             lora={"rank": self.lora_rank},
+            distill=self._distill() if self.teacher_dim else {},
             head={
                 "num_prototypes": self.num_prototypes,
                 "hidden_dim": 512,
@@ -106,6 +108,16 @@ class Case(NamedTuple):
             },
             eval={"crop": 32, "resize": 32},
         )
+
+    def _distill(self) -> dict[str, Any]:
+        backbone = {"backbone": "vit_tiny_patch16_224", "patch_size": 8, "depth": 6}
+        sizes = {"embed_dim": self.teacher_dim, "num_heads": self.teacher_dim // 64}
+        head = {"hidden_dim": 768, "norm_last_layer": self.unit_prototypes}
+        heads = {"head": {**head, "num_prototypes": self.num_prototypes}}
+        if self.dinov2:
+            prototypes = PATCHES["patch_head"]["num_prototypes"]
+            heads["patch_head"] = {**head, "num_prototypes": prototypes}
+        return {"teacher": "given", "model": backbone | sizes, **heads}
 
 
 PATCHES: dict[str, dict[str, Any]] = {

@@ -33,7 +33,6 @@ class Mistake(NamedTuple):
     case: str
     ranks: int
     generation: str = "dinov2"
-    stage: int = STAGE
 
 
 _TEACHER, _GRAM = "dinoscale.engine.teacher", "dinoscale.engine.frozen.gram"
@@ -249,13 +248,6 @@ MISTAKES = (
         *_DISTILLATION,
     ),
     Mistake(
-        "distillation: a mask token without gradient, which decay leaves alone",
-        ("dinoscale.engine.student", "Student.__call__"),
-        (("(masks.masks, masks.rows)", "(None, masks.rows)"),),
-        *_DISTILLATION,
-        stage=0,
-    ),
-    Mistake(
         "distillation: an average that stays",
         (_TEACHER, "Teacher.update"),
         (("(1.0 - momentum)", "0.0"),),
@@ -274,7 +266,7 @@ def follow_mistakes(numbers: list[int]) -> list[dict[str, Any]]:
 
 
 def _way(mistake: Mistake) -> Way:
-    return Way(mistake.case, mistake.ranks, mistake.stage, generation=mistake.generation)
+    return Way(mistake.case, mistake.ranks, STAGE, generation=mistake.generation)
 
 
 @contextlib.contextmanager

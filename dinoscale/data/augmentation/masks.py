@@ -45,9 +45,9 @@ class Masks(NamedTuple):
     chosen: Tensor
 
     def seen(self) -> "Masks":
-        """The same patches, none of them hidden from the student; its mask token keeps a gradient.
+        """The same patches, none of them hidden from the student.
 
-        That is zero, and so the token decays, as in the authors' code.
+        Its mask token has a gradient, of zero, and so decays, as in the authors' code.
         """
         return self._replace(masks=torch.zeros_like(self.masks))
 
