@@ -1,5 +1,7 @@
 """The network of a frozen teacher, asked about patches of the student's grid."""
 
+import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,12 +11,13 @@ from torch import Tensor
 from dinoscale.config import RunConfig
 from dinoscale.data.augmentation.masks import Masks
 from dinoscale.engine.build import build_networks
-from dinoscale.engine.frozen.teacher import DistillingNetwork
+from dinoscale.engine.frozen.teacher import DistillingNetwork, FrozenTeacher
 from dinoscale.engine.model_sizes import dims_of, flops_of
 from dinoscale.losses.gram import resized
 from dinoscale.models.network import DinoNetwork
 from dinoscale.planning.plan.communication import transfers
 from dinoscale.planning.plan.memory_model import peak, persistent
+from dinoscale.planning.plan.partition import Setup
 from dinoscale.training.feed import masks_of
 from tests.distributed.tiny_run import dinov2, tiny_config
 from tests.unit.plan.tiny import SETUP
@@ -28,15 +31,13 @@ LARGE: dict[str, Any] = {
 }
 
 
-def _config(patch_size: int = 8, **changes: dict[str, Any]) -> RunConfig:
+def _config(patch_size: int = 8) -> RunConfig:
     model = {**LARGE, "patch_size": patch_size}
     heads = {"head": {"num_prototypes": 33, "hidden_dim": 26, "bottleneck_dim": 17}}
     heads["patch_head"] = {"num_prototypes": 29, "hidden_dim": 14, "bottleneck_dim": 11}
     distill = {"teacher": "w.pth", "model": model, **heads}
-    return tiny_config(
-        **dinov2("centering", patch_head=True, distill=distill, ibot={"mask_rule": "dinov3"}),
-        **changes,
-    )
+    sections = dinov2("centering", patch_head=True, distill=distill, ibot={"mask_rule": "dinov3"})
+    return tiny_config(**sections)
 
 
 class _Asked:
@@ -89,6 +90,32 @@ def test_chosen_patches_are_those_of_the_students_grid(patch_size: int) -> None:
         assert all(torch.equal(found[name], plain[name]) for name in plain)
 
 
+def test_a_frozen_teacher_computes_what_its_weights_and_tracked_statistics_do() -> None:
+    config = _config()
+    head = config.distill.head
+    assert head is not None
+    with_norm = config.distill.model_copy(
+        update={"head": head.model_copy(update={"batch_norm": True})}
+    )
+    config = config.model_copy(update={"distill": with_norm})
+    network = _network(config)
+    generator = torch.Generator().manual_seed(2)
+    for value in network.state_dict().values():
+        if value.is_floating_point():  # statistics are above 0
+            value.copy_(torch.rand(value.shape, generator=generator))
+    empty = DistillingNetwork(copy.deepcopy(network).to("meta"), patch_size=8)
+    teacher = FrozenTeacher(empty, config, _no_plan(), torch.float32)
+    teacher.load(network.state_dict(), identity="that")
+    images = torch.randn(2 * IMAGES, 3, 32, 32, generator=generator)
+    rows = _masks(config).rows
+    found = _asked(teacher.forward, images, rows)
+    for name, expected in _asked(network, images, rows).items():
+        assert torch.equal(found[name], expected), name
+    assert teacher.identity == "that"
+    assert teacher.num_bytes() == 4 * sum(p.numel() for p in network.parameters())
+    assert not any(p.requires_grad for p in empty.parameters())
+
+
 def _masks(config: RunConfig) -> Masks:
     masks = masks_of(config, step=0, first_image=0, images=IMAGES)
     assert masks is not None
@@ -111,6 +138,10 @@ def test_the_student_sees_the_patches_that_are_drawn_and_its_mask_token_has_a_gr
     gradient = student.mask_token.grad
     assert gradient is not None  # it is exactly zero, as in the authors' code
     assert not gradient.any()
+
+
+def _no_plan() -> Any:
+    """Only stage 3 reads one."""
 
 
 def _rule() -> dict[str, Any]:
@@ -146,7 +177,5 @@ def _alone(config: RunConfig) -> RunConfig:
     return config.of_teacher.model_copy(update={"distill": RunConfig().distill})
 
 
-def _at(stage: int) -> Any:
-    from dataclasses import replace
-
+def _at(stage: int) -> Setup:
     return replace(SETUP, zero_stage=stage)
