@@ -1,0 +1,80 @@
+"""Features of a student that follow those of another network, its teacher.
+
+With x a feature of the student, already of the teacher's width D, and y the teacher's:
+
+    cosine      d = 1 - cos(x, y)
+    smooth_l1   d = mean over the D channels of h(x - z),  z = (y - mean(y)) / sqrt(var(y) + 1e-6),
+                h(e) = e^2 / 2 where |e| < 1, else |e| - 1/2
+
+Mean and variance are those of the D channels of one feature: a layer norm without parameters, so
+that a weight means the same whatever the lengths of a teacher's features.
+
+Shape letters: N crops, P and Q patches of each, D width.
+Source: [D] ours; published distillations of DINOv2 and DINOv3 go through the teacher's heads.
+"""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinoscale.losses.anchor import anchor_distances
+from dinoscale.losses.prototypes import at_least_float32
+
+FeatureLoss = Literal["cosine", "smooth_l1"]
+
+_EPS = 1e-6  # of the variance of a feature's channels; a layer norm's in a ViT
+
+
+def feature_distances(student: Tensor, target: Tensor, *, kind: FeatureLoss) -> Tensor:
+    """Distance of student and target, of each crop; a mean over its patches where there are some.
+
+    Computed in float32, or float64 if an argument is, also under autocast.
+
+    Args:
+        student: features after the linear map (N, D) or (N, P, D), any float dtype.
+        target: features of the same crops and patches, likewise, without gradient.
+        kind: see the module.
+
+    Returns:
+        (N,), at least 0, differentiable in the student's features.
+
+    Raises:
+        ValueError: the shapes disagree.
+    """
+    if kind == "cosine":
+        return anchor_distances(student, target)
+    if student.shape != target.shape or student.ndim not in (2, 3):
+        shapes = [[*tensor.shape] for tensor in (student, target)]
+        raise ValueError(f"need (N, D) or (N, P, D) twice, got {shapes[0]} and {shapes[1]}")
+    dtype = at_least_float32(student, target)
+    with torch.autocast(student.device.type, enabled=False):
+        z = F.layer_norm(target.to(dtype), target.shape[-1:], eps=_EPS)
+        return F.smooth_l1_loss(student.to(dtype), z, reduction="none").flatten(1).mean(1)
+
+
+def on_grid(features: Tensor, *, num_patches: int) -> Tensor:
+    """Features of a square grid of patches, resized bilinearly to another one.
+
+    To a coarser grid with antialias: each patch of it is a mean of those that it covers.
+
+    Args:
+        features: (N, Q, D), any float dtype.
+        num_patches: P.
+
+    Returns:
+        (N, P, D) in at least float32; `features` if Q is P.
+
+    Raises:
+        ValueError: Q or P is not a square.
+    """
+    found, wanted = (math.isqrt(count) for count in (features.shape[1], num_patches))
+    if (found**2, wanted**2) != (features.shape[1], num_patches):
+        raise ValueError(f"need square grids, got {features.shape[1]} and {num_patches} patches")
+    if found == wanted:
+        return features
+    maps = features.to(at_least_float32(features)).mT.unflatten(2, (found, found))
+    maps = F.interpolate(maps, size=(wanted, wanted), mode="bilinear", antialias=True)
+    return maps.flatten(2).mT
