@@ -137,8 +137,10 @@ patches that `ibot` draws. The student's average is updated as ever, and is what
 the same name do in the `config.yaml` of its run; what is left out is as the student's. It may be of
 any width, depth, layers and heads; only the numbers of prototypes have to agree, and its patches to
 fit into the global crops. Patches of another size are resized, as features, to the student's grid.
-Weights without heads, such as released backbones, are refused. Batch norm in the teacher takes the
-statistics that it has tracked. At stage 3 the teacher is sharded; below, each rank holds all of it.
+Of weights without heads, such as released backbones,
+[the features](#learning-the-features-of-a-larger-backbone) can be learned. Batch norm in the
+teacher takes the statistics that it has tracked. At stage 3 the teacher is sharded; below, each
+rank holds all of it.
 `plan` counts its memory, its forward and its transfers.
 
 Checkpoints hold a digest of the teacher in place of its weights: they are read at every start, and
@@ -154,6 +156,34 @@ no further forward; the anchor's own, over the global crops, takes as long as th
 phases, the anchor is that of the first one that has it. What a weight is worth on your images has
 to be measured: `anchor_class_loss` and `anchor_patch_loss` in `metrics.jsonl` say how far the
 features have moved, and k-NN or `guard` what became of them.
+
+## Learning the features of a larger backbone
+
+```yaml
+distill:
+  teacher: dinov2_vitl14_pretrain.pth
+  model: {backbone: vit_large_patch14_dinov2}
+  class_feature_weight: 1.0
+  patch_feature_weight: 1.0
+dino: {loss_weight: 0.0}
+crops: {num_local: 0}
+```
+
+Released backbones have no heads. Their features can be learned all the same, which no paper of
+DINO's does: this term is ours. The teacher is frozen and of any width, depth and patch size: all
+that `evaluate` reads, of which ResNet-50 has class features alone; `distill.model` says which. It
+sees the student's global crops, normalised as the run's are, so their side is a multiple of its
+patches. The student's features, class token and patches after the final norm, pass a linear map to
+the teacher's width, one for each kind; another grid of the teacher's is resized bilinearly to the
+student's, with antialias to a coarser one. `distill.feature_loss` is the distance, and its terms
+in `metrics.jsonl` are `class_feature_loss` and `patch_feature_loss`.
+
+These terms stand beside those of `dino` and `ibot`, whose targets are then the average's as ever;
+crops that `ibot` chooses to mask do not count. With `dino.loss_weight` 0 and no patch loss there
+are no heads, no prototypes and no watch for a collapse, and without local crops an image costs two
+crops of the student and two of the teacher. The maps train with the student and are averaged with
+it; checkpoints have them, exported weights do not. The teacher's weights are read at every start,
+sharded at stage 3, not in the checkpoints, and have to be the same when a run resumes.
 
 ## Training a part of the weights
 

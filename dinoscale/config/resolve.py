@@ -14,10 +14,8 @@ from fractions import Fraction
 from dinoscale.config.schema import RunConfig
 from dinoscale.config.sections.backbones import (
     RESNET50,
-    RESNET50_EMBED_DIM,
     RESNET50_PARAMETERS,
     RESNET50_PER_CHANNEL,
-    ModelConfig,
     named_vit_size,
     num_head_parameters,
     num_vit_parameters,
@@ -414,14 +412,18 @@ def count_parameters(config: RunConfig) -> ParameterCounts:
         config: the configuration.
 
     Returns:
-        The counts of backbone and head; the teacher has as many.
+        The counts of backbone and heads, with the maps to a frozen teacher's width; the teacher has
+        as many.
     """
-    embed_dim = _embed_dim(config.model)
+    embed_dim = config.model.width
     if embed_dim is None:
         return ParameterCounts(None, None)
+    heads = (config.head, config.patch_head) if config.has_heads else ()
+    maps = len(config.distill.feature_weights) * (config.of_teacher.model.width or 0)
     return ParameterCounts(
         backbone=_num_backbone_parameters(config),
-        head=sum(
+        head=maps * (embed_dim + 1)
+        + sum(
             num_head_parameters(
                 in_dim=embed_dim,
                 num_prototypes=head.num_prototypes,
@@ -431,17 +433,10 @@ def count_parameters(config: RunConfig) -> ParameterCounts:
                 batch_norm=head.batch_norm,
                 weight_norm=head.weight_norm,
             )
-            for head in (config.head, config.patch_head)
+            for head in heads
             if head is not None
         ),
     )
-
-
-def _embed_dim(model: ModelConfig) -> int | None:
-    if model.backbone == RESNET50:
-        return RESNET50_EMBED_DIM
-    named = named_vit_size(model.backbone)
-    return model.embed_dim or (named.embed_dim if named else None)
 
 
 def _num_backbone_parameters(config: RunConfig) -> int | None:

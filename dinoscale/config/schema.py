@@ -279,6 +279,11 @@ class RunConfig(Section):
         )
 
     @property
+    def has_heads(self) -> bool:
+        """Whether anything is learned through projection heads."""
+        return self.dino.loss_weight > 0 or self.ibot.loss_weight > 0
+
+    @property
     def mask_group(self) -> int:
         """Images whose masks are drawn together; a micro-batch is a multiple. 1 without masks."""
         return self.ibot.mask_group if self.ibot.loss_weight else 1
@@ -410,14 +415,21 @@ class RunConfig(Section):
             mistakes.append(
                 "model.local_norm: there are no local crops (crops.num_local=0), need false"
             )
-        if self.model.backbone == RESNET50:
-            return [
-                f"{key}.loss_weight: {RESNET50} has no tokens, need 0.0"
-                for key in ("ibot", "koleo", "gram")
-                if getattr(self, key).loss_weight
-            ] + [f"{key}: {RESNET50} has no tokens, need 0.0" for key in self.anchor.weights]
-        if not (self.dino.loss_weight or self.ibot.loss_weight):
+        if not self.has_heads and not self.distill.by_features:
             mistakes.append("dino.loss_weight: nothing to learn, ibot.loss_weight is 0, too")
+        if self.model.backbone == RESNET50:
+            return (
+                mistakes
+                + [
+                    f"{key}.loss_weight: {RESNET50} has no tokens, need 0.0"
+                    for key in ("ibot", "koleo", "gram")
+                    if getattr(self, key).loss_weight
+                ]
+                + [
+                    *(f"{key}: {RESNET50} has no tokens, need 0.0" for key in self.anchor.weights),
+                    *self._distill_mistakes(),
+                ]
+            )
         if self.patch_head is not None and not self.ibot.loss_weight:
             mistakes.append("patch_head: is not trained while ibot.loss_weight is 0; leave it out")
         if self.schedules.gram_weight is not None and not self.gram.loss_weight:
@@ -439,12 +451,20 @@ class RunConfig(Section):
 
     def _distill_mistakes(self) -> list[str]:
         """What a frozen teacher of its own does not go with."""
+        sizes = [run.crops.global_size for run in self.of_sizes]
+        if self.distill.by_features:
+            return self.distill.feature_mistakes(
+                model=self.model,
+                sizes=sizes,
+                masked_share=self.ibot.masked_share if self.ibot.loss_weight else 0.0,
+                alone_with_local=0 if self.has_heads else self.crops.num_local,
+            )
         heads = [("head", self.head)]
         if self.ibot.loss_weight:
             heads.append(("patch_head", self.patch_head or self.head))
         return self.distill.mistakes(
             heads=dict(heads),
-            sizes=[run.crops.global_size for run in self.of_sizes],
+            sizes=sizes,
             others=[
                 *(["gram.loss_weight"] if self.gram.loss_weight else []),
                 *self.anchor.weights,

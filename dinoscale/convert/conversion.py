@@ -79,7 +79,10 @@ RECIPE: dict[str, tuple[str, ...] | None] = {  # None: all of the section
         *("crop_size", "crop_colors", "tokens", "compare", "negatives"),
     ),
     "anchor": None,
-    "distill": ("model", "head", "patch_head"),
+    "distill": (
+        *("model", "head", "patch_head"),
+        *("class_feature_weight", "patch_feature_weight", "feature_loss"),
+    ),
     "lora": None,
     "optim": None,
     "schedules": None,

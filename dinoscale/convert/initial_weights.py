@@ -68,7 +68,7 @@ def read_initial_weights(
         path, network.backbone, config, heartbeat, key="train.init_from"
     )
     heads: dict[str, Any] = {}
-    if config.train.init_head:
+    if config.train.init_head and network.head is not None:
         remedy = "set train.init_head=false to start with a random one"
         fitted = partial(_fitted_head, path=path, key="train.init_head", remedy=remedy)
         heads["head"] = fitted(weights.head, network.head, section="head")
@@ -142,8 +142,16 @@ def read_frozen_teacher(
     weights, state, coverage, _ = _read_backbone(
         path, network.backbone, config.of_teacher, heartbeat, key=_FROZEN, section="distill.model"
     )
-    remedy = "give weights that have it, such as a run or a training checkpoint"
+    if config.distill.by_features:
+        log.info("the frozen teacher is %s: %s of its backbone", path, coverage)
+        identity = identity_of({"backbone": weights.backbone})
+        return InitialWeights(state, licence=weights.card.licence, identity=identity)
+    remedy = (
+        "give weights that have it, such as a run or a training checkpoint, or learn features "
+        "without heads (distill.class_feature_weight, distill.patch_feature_weight)"
+    )
     fitted = partial(_fitted_head, path=path, key=_FROZEN, remedy=remedy)
+    assert network.head is not None
     heads: dict[str, Any] = {"head": fitted(weights.head, network.head, section="distill.head")}
     if network.patch_head is not None:
         heads["patch_head"] = fitted(

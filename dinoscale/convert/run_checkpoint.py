@@ -66,7 +66,7 @@ def read_run(
     }
     return Weights(
         parts["backbone."],
-        parts["head."],
+        parts["head."] or None,
         card,
         "run",
         run=origin,

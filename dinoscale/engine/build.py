@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dinoscale.config import ModelConfig
 from dinoscale.config.resolve import RunPlan
 from dinoscale.config.schema import RunConfig
+from dinoscale.config.sections.backbones import RESNET50
 from dinoscale.config.sections.training import CurveConfig
+from dinoscale.engine.frozen.features import FeatureTeacher
 from dinoscale.engine.frozen.gram import GramNetwork, crop_size_of
 from dinoscale.engine.frozen.network import FrozenBackbone
 from dinoscale.engine.frozen.teacher import DistillingNetwork, FrozenTeacher
@@ -23,7 +25,7 @@ from dinoscale.engine.teacher import Teacher
 from dinoscale.errors import ConfigError
 from dinoscale.models.block import add_adapters
 from dinoscale.models.heads import DinoHead
-from dinoscale.models.network import DinoNetwork, TokenNetwork
+from dinoscale.models.network import DinoNetwork, FeatureNetwork, TokenNetwork
 from dinoscale.models.resnet import ResNet50
 from dinoscale.models.rope import Rope
 from dinoscale.models.sync_bn import convert_sync_batch_norm
@@ -114,9 +116,9 @@ def _build_network(config: RunConfig) -> DinoNetwork:
     return network
 
 
-def _local_network(config: RunConfig) -> DinoNetwork:
+def _backbone(config: RunConfig) -> VisionTransformer | ResNet50:
     model = config.model
-    backbone = build_backbone(
+    return build_backbone(
         model.backbone,
         img_size=config.crops.global_size,
         patch_size=model.patch_size,
@@ -125,19 +127,33 @@ def _local_network(config: RunConfig) -> DinoNetwork:
         num_heads=model.num_heads,
         in_chans=config.data.channels,
         position_resize=model.position_resize,
-        mask_token=config.ibot.loss_weight > 0,
+        # A frozen teacher without patches may stand beside a patch loss.
+        mask_token=config.ibot.loss_weight > 0 and model.backbone != RESNET50,
         local_norm=model.local_norm,
         **layers_of(model),
     )
+
+
+def _local_network(config: RunConfig) -> DinoNetwork:
+    backbone = _backbone(config)
     if config.lora.rank and isinstance(backbone, VisionTransformer):
         add_adapters(backbone.blocks, rank=config.lora.rank, alpha=config.lora.alpha)
-    head = DinoHead(backbone.embed_dim, **config.head.model_dump())
-    patch_head = None
+    head = patch_head = None
+    if config.has_heads:
+        head = DinoHead(backbone.embed_dim, **config.head.model_dump())
     if config.patch_head is not None:
         patch_head = DinoHead(backbone.embed_dim, **config.patch_head.model_dump())
-    network = DinoNetwork(backbone, head, patch_head)
+    network = DinoNetwork(backbone, head, patch_head, *_feature_maps(config, backbone.embed_dim))
     _freeze(network, config)
     return network
+
+
+def _feature_maps(config: RunConfig, width: int) -> list[nn.Linear | None]:
+    """Maps of class and patch features to the width of a frozen teacher's, None for no term."""
+    weights = config.distill.class_feature_weight, config.distill.patch_feature_weight
+    wanted = config.of_teacher.model.width
+    assert wanted is not None or not any(weights)  # checked with the settings
+    return [nn.Linear(width, wanted or 0) if weight else None for weight in weights]
 
 
 def _freeze(network: DinoNetwork, config: RunConfig) -> None:
@@ -220,7 +236,7 @@ def build_pair(
         teacher_network = _build_network(config)
         gram_network = _token_network(config) if config.gram.loss_weight else None
         anchor_network = _token_network(config) if config.anchor.counts else None
-        frozen_network = _frozen_network(config) if config.distill.by_heads else None
+        frozen_network = _frozen_network(config) if config.distill.teacher is not None else None
     _configure_student(student_network, config)
     networks = (student_network, teacher_network, gram_network, anchor_network, frozen_network)
     _compile_blocks(networks, config, plan)
@@ -230,20 +246,28 @@ def build_pair(
     initial = initial_values(config, writes, init_from) if values else _zeros(writes)
     student = Student(student_network, config, plan, _beating(initial, heartbeat))
     heartbeat()
-    gram = anchor = frozen = None
+    gram = anchor = None
     if gram_network is not None:
         gram = GramNetwork(FrozenBackbone(gram_network, student, config, plan), config.gram)
     if anchor_network is not None:
         _set_drop_path(anchor_network.backbone, config)  # as the student's, see frozen/anchor.py
         anchor = FrozenBackbone(anchor_network, student, config, plan)
         anchor.take(student.master)
-    if frozen_network is not None:
+    frozen: FrozenTeacher[Any] | None = None
+    if isinstance(frozen_network, FeatureNetwork):
+        frozen = FeatureTeacher(frozen_network, config, plan, student.compute_dtype)
+    elif frozen_network is not None:
         frozen = FrozenTeacher(frozen_network, config, plan, student.compute_dtype)
     return student, Teacher(teacher_network, student, config, plan, gram, anchor, frozen)
 
 
-def _frozen_network(config: RunConfig) -> DistillingNetwork:
-    """The frozen teacher's network, whose patches are those of the student's grid."""
+def _frozen_network(config: RunConfig) -> DistillingNetwork | FeatureNetwork:
+    """The frozen teacher's network, for the outputs of its heads or for its features."""
+    if config.distill.by_features:
+        backbone = _backbone(config.of_teacher)
+        # In evaluation the same, and weights in bfloat16 meet its statistics in float32.
+        convert_sync_batch_norm(backbone, distributed.sum_with_gradient)
+        return FeatureNetwork(backbone, patches=config.distill.patch_feature_weight > 0)
     return DistillingNetwork(
         _build_network(config.of_teacher), patch_size=config.model.effective_patch_size
     )
@@ -300,7 +324,9 @@ def _zeros(writes: Sequence[Write]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _compile_blocks(
-    networks: Sequence[DinoNetwork | TokenNetwork | None], config: RunConfig, plan: RunPlan
+    networks: Sequence[DinoNetwork | TokenNetwork | FeatureNetwork | None],
+    config: RunConfig,
+    plan: RunPlan,
 ) -> None:
     """Compile the blocks for a micro-batch's crops of each size; `auto` does so on a GPU only.
 
@@ -349,6 +375,9 @@ def loss_weights_of(config: RunConfig) -> LossWeights:
         gram_tokens=config.gram.tokens,
         anchor_class=config.anchor.class_weight,
         anchor_patch=config.anchor.patch_weight,
+        feature_class=config.distill.class_feature_weight,
+        feature_patch=config.distill.patch_feature_weight,
+        feature_loss=config.distill.feature_loss,
         unmasked_share=1 - config.ibot.masked_share if config.ibot.loss_weight else 1.0,
     )
 

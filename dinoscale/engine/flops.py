@@ -116,10 +116,12 @@ class StepFlops:
         teacher_head: forward of the heads over the global crops and the masked patches.
         student_global: forward of the backbone over the global crops.
         student_local: forward of the backbone over the local crops.
-        student_head: forward of the heads over all crops and the masked patches.
+        student_head: forward of the heads over all crops and the masked patches, and of the maps to
+            the width of features that are followed.
         student_backward: backward of backbone and heads over all crops.
         gram: forward of the Gram network; products of similarities are left out, 1 % of it or less.
         anchor: forward of the anchor.
+        followed: forward of a frozen teacher whose features are followed.
     """
 
     teacher_backbone: int
@@ -130,6 +132,7 @@ class StepFlops:
     student_backward: int
     gram: int = 0
     anchor: int = 0
+    followed: int = 0
 
     @property
     def teacher(self) -> int:
@@ -144,7 +147,7 @@ class StepFlops:
     @property
     def total(self) -> int:
         """The whole step."""
-        frozen = self.gram + self.anchor
+        frozen = self.gram + self.anchor + self.followed
         return self.teacher + frozen + self.student_forward + self.student_backward
 
 

@@ -2,10 +2,12 @@
 
     L = w_dino DINO + w_ibot iBOT + w_koleo sum over both views of KoLeo + w_gram Gram
         + w_class Anchor of class tokens + w_patch Anchor of patches
+        + v_class Features of class tokens + v_patch Features of patches
 
-DINO's terms of local crops have a scheduled weight besides. The anchor's terms are means over the
-global crops that are not chosen to be masked, the same number in each group of images, whatever the
-split into micro-batches: masked ones are other pictures than the anchor sees.
+DINO's terms of local crops have a scheduled weight besides. The anchor's terms, and those of
+features that follow a frozen teacher's, are means over the global crops that are not chosen to be
+masked, the same number in each group of images, whatever the split into micro-batches: masked ones
+are other pictures than these networks see. With neither DINO nor iBOT there are no heads.
 
 It is computed inside the student's forward, where ZeRO has gathered the prototypes, so all terms
 come out of one engine forward. Shape letters as in `engine/step.py`; M masked patches.
@@ -22,6 +24,7 @@ from torch import Tensor
 from dinoscale.data.augmentation.masks import Masks
 from dinoscale.losses.anchor import anchor_distances
 from dinoscale.losses.dino import dino_loss_of_prototypes
+from dinoscale.losses.features import FeatureLoss, feature_distances
 from dinoscale.losses.gram import Negatives, gram_loss
 from dinoscale.losses.ibot import PatchTargets, patch_loss_of_prototypes
 from dinoscale.losses.koleo import koleo_loss
@@ -65,21 +68,36 @@ class AnchorTargets:
 
 
 @dataclass(frozen=True)
+class FeatureTargets:
+    """What a frozen teacher of another width finds in the global crops, through its final norm.
+
+    Attributes:
+        classes: class tokens, or pooled features (2 * B, D').
+        patches: patch tokens on the student's grid (2 * B, P, D'); None where they do not count.
+    """
+
+    classes: Tensor
+    patches: Tensor | None
+
+
+@dataclass(frozen=True)
 class Targets:
     """What the teacher gives the student of one micro-batch.
 
     Attributes:
-        class_probs: of the global crops' class tokens (2, B, K) float32.
+        class_probs: of the global crops' class tokens (2, B, K) float32; K is 0 without heads.
         patches: from which those of the masked patches are computed; None without masks.
         gram: patch features of the Gram network on the student's grid (2 * B, P, D); None without
             one, and in steps whose Gram weight is 0.
         anchor: features of the anchor; None without one.
+        features: those of a frozen teacher that the student's follow; None without one.
     """
 
     class_probs: Tensor
     patches: PatchTargets | None = None
     gram: Tensor | None = None
     anchor: AnchorTargets | None = None
+    features: FeatureTargets | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +116,9 @@ class LossWeights:
         gram_tokens: which patches are compared.
         anchor_class: of the anchor's distances of class tokens.
         anchor_patch: of those of patches.
+        feature_class: of the distances to a frozen teacher's class features.
+        feature_patch: of those to its patch features.
+        feature_loss: which distance.
         unmasked_share: share of the global crops that are not chosen to be masked, above 0.
     """
 
@@ -116,14 +137,20 @@ class LossWeights:
     gram_tokens: Literal["all", "masked", "unmasked"] = "all"
     anchor_class: float = 0.0
     anchor_patch: float = 0.0
+    feature_class: float = 0.0
+    feature_patch: float = 0.0
+    feature_loss: FeatureLoss = "cosine"
     unmasked_share: float = 1.0
 
     @property
     def terms(self) -> tuple[str, ...]:
         """Names of what `MicroBatchLoss.terms` holds beside the sum, in order."""
-        others = self.ibot, self.koleo, self.gram, self.anchor_class, self.anchor_patch
-        names = []
-        if any(others) or self.dino != 1 or self.local_is_scheduled:
+        others = (
+            *(self.ibot, self.koleo, self.gram, self.anchor_class, self.anchor_patch),
+            *(self.feature_class, self.feature_patch),
+        )
+        names, has_heads = [], self.dino or self.ibot
+        if has_heads and (any(others) or self.dino != 1 or self.local_is_scheduled):
             names += ["dino_loss", "dino_global_loss"]
         if self.ibot:
             names += ["ibot_loss", "patch_entropy"]
@@ -135,6 +162,10 @@ class LossWeights:
             names += ["anchor_class_loss"]
         if self.anchor_patch:
             names += ["anchor_patch_loss"]
+        if self.feature_class:
+            names += ["class_feature_loss"]
+        if self.feature_patch:
+            names += ["patch_feature_loss"]
         return tuple(names)
 
 
@@ -147,7 +178,8 @@ class MicroBatchLoss:
             is that of local crops, before its weight, too; `patch_entropy`, the mean of the patch
             targets' entropies in nats; `koleo_distance`, the mean distance to the nearest class
             tokens; `gram_loss`, 0 until there is a Gram network and while its weight is 0;
-            `anchor_class_loss` and `anchor_patch_loss`.
+            `anchor_class_loss` and `anchor_patch_loss`; `class_feature_loss` and
+            `patch_feature_loss`.
         patch_target_sum: after the forward, sum of the patch targets (K,); None without masks.
     """
 
@@ -171,7 +203,10 @@ class MicroBatchLoss:
         """
         self._targets, self._weights, self._masks = targets, weights, masks
         self._local_weight, self._gram_weight = local_weight, gram_weight
-        self.wants_patches = targets.gram is not None or weights.anchor_patch > 0
+        self.wants_features = targets.features is not None
+        self.wants_patches = (
+            targets.gram is not None or weights.anchor_patch > 0 or weights.feature_patch > 0
+        )
         self.terms: dict[str, Tensor] = {}
         if weights.gram:
             self.terms["gram_loss"] = targets.class_probs.new_zeros(())
@@ -205,7 +240,7 @@ class MicroBatchLoss:
             parts.append(self._weights.anchor_class * loss)
         return sum(parts[1:], parts[0]) if parts else None
 
-    def of_patches(self, tokens: Tensor) -> Tensor:
+    def of_patches(self, tokens: Tensor) -> Tensor | None:
         """Gram and anchor of the global crops' patch tokens (2 * B, P, D), weighted."""
         parts = []
         if self._targets.gram is not None:
@@ -214,7 +249,23 @@ class MicroBatchLoss:
             assert self._targets.anchor is not None
             loss = self._anchor("anchor_patch_loss", tokens, self._targets.anchor.patches)
             parts.append(self._weights.anchor_patch * loss)
-        return sum(parts[1:], parts[0])
+        return sum(parts[1:], parts[0]) if parts else None
+
+    def of_features(self, classes: Tensor | None, patches: Tensor | None) -> Tensor:
+        """Features (2 * B, D') and (2 * B, P, D') of the global crops after the maps, weighted."""
+        targets, weights = self._targets.features, self._weights
+        assert targets is not None
+        total = targets.classes.new_zeros((), dtype=torch.float32)
+        for name, weight, own, target in (
+            ("class_feature_loss", weights.feature_class, classes, targets.classes),
+            ("patch_feature_loss", weights.feature_patch, patches, targets.patches),
+        ):
+            if weight:
+                assert own is not None
+                assert target is not None
+                distances = feature_distances(own, target, kind=weights.feature_loss)
+                total = total + weight * self._of_unmasked(name, distances)
+        return total
 
     def _koleo(self, tokens: Tensor) -> Tensor:
         views, images = self._targets.class_probs.shape[:2]
@@ -254,8 +305,10 @@ class MicroBatchLoss:
         return masked if self._weights.gram_tokens == "masked" else ~masked
 
     def _anchor(self, name: str, tokens: Tensor, target: Tensor) -> Tensor:
-        """The mean distance over the global crops that are not chosen to be masked, by its name."""
-        distances = anchor_distances(tokens, target)  # (2 * B,)
+        return self._of_unmasked(name, anchor_distances(tokens, target))
+
+    def _of_unmasked(self, name: str, distances: Tensor) -> Tensor:
+        """Mean of (2 * B,) over the global crops that are not chosen to be masked, by its name."""
         if self._masks is not None:
             distances = distances.masked_fill(self._masks.chosen, 0.0)
         # By their number, which is the recipe's share of any whole groups.

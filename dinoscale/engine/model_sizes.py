@@ -79,6 +79,8 @@ class Dims:
         trains_projection: whether the patch projection trains.
         frozen_teacher: counts of the network of another run that gives the targets, and of the
             patches that the student is asked about; None where the average gives them.
+        followed: counts of a frozen teacher's backbone whose features are followed; None without.
+        followed_patches: whether those of patches are.
         mixture: with sizes that differ from step to step, of which these are the largest: the
             share of the steps and the counts of each; empty with one size.
     """
@@ -117,6 +119,8 @@ class Dims:
     skipped: tuple[int, ...] = ()
     trains_projection: bool = True
     frozen_teacher: "Dims | None" = None
+    followed: "Dims | None" = None
+    followed_patches: bool = False
     mixture: tuple[tuple[float, "Dims"], ...] = ()
 
     @property
@@ -210,11 +214,13 @@ def dims_of(config: RunConfig) -> Dims:
         ConfigError: the backbone is unknown or not a ViT.
     """
     network = shapes_only(config)
-    teacher = shapes_only(config.of_teacher) if config.distill.by_heads else None
+    teacher = shapes_only(config.of_teacher) if config.distill.teacher is not None else None
 
     def of_size(run: RunConfig) -> Dims:
         dims = _dims_of_size(run, network)
-        return dims if teacher is None else _with_teacher(dims, run, teacher)
+        if teacher is None:
+            return dims
+        return (_with_followed if run.distill.by_features else _with_teacher)(dims, run, teacher)
 
     largest = of_size(config.of_largest_size)
     if not config.crops.mixture:
@@ -230,8 +236,16 @@ def _with_teacher(dims: Dims, config: RunConfig, network: DinoNetwork) -> Dims:
     return replace(dims, frozen_teacher=replace(teacher, patches=patches))
 
 
+def _with_followed(dims: Dims, config: RunConfig, network: DinoNetwork) -> Dims:
+    """The student's counts with those of the backbone whose features it follows."""
+    backbone = replace(_dims_of_size(config.of_teacher, network), head=0)
+    patches = config.distill.patch_feature_weight > 0
+    return replace(dims, followed=backbone, followed_patches=patches)
+
+
 def _dims_of_size(config: RunConfig, network: DinoNetwork) -> Dims:
-    backbone, head, crops, model = network.backbone, config.head, config.crops, config.model
+    backbone, crops, model = network.backbone, config.crops, config.model
+    head = config.head if config.has_heads else None
     if not isinstance(backbone, VisionTransformer):
         raise ConfigError(f"model.backbone: plan supports only ViTs, not {config.model.backbone!r}")
     block = backbone.blocks[0]
@@ -264,10 +278,10 @@ def _dims_of_size(config: RunConfig, network: DinoNetwork) -> Dims:
         layer_scale=_scalars(block.ls1) > 0,
         patch_size=patch,
         channels=channels,
-        head_hidden=head.hidden_dim,
-        head_layers=head.num_layers,
-        bottleneck=head.bottleneck_dim,
-        prototypes=head.num_prototypes,
+        head_hidden=head.hidden_dim if head else 0,
+        head_layers=head.num_layers if head else 0,
+        bottleneck=head.bottleneck_dim if head else 0,
+        prototypes=head.num_prototypes if head else 0,
         global_size=crops.global_size,
         local_size=crops.local_size,
         num_local=crops.num_local,
@@ -430,6 +444,17 @@ def _dropped(dims: Dims, micro_batch_size: int) -> Iterator[tuple[int, list[int]
 
 def _flops_of_size(dims: Dims) -> StepFlops:
     own = _flops_of_networks(dims)
+    if not dims.prototypes:  # nobody asks the average
+        own = replace(own, teacher_backbone=0)
+    if dims.followed is not None:
+        tokens = NUM_GLOBAL + (dims.global_patches if dims.followed_patches else 0)
+        maps = 2 * tokens * dims.embed_dim * dims.followed.embed_dim
+        own = replace(
+            own,
+            student_head=own.student_head + maps,
+            student_backward=own.student_backward + 2 * maps,
+            followed=_flops_of_networks(dims.followed).student_global,
+        )
     if dims.frozen_teacher is None:
         return own
     theirs = _flops_of_networks(dims.frozen_teacher)

@@ -24,6 +24,7 @@ from dinoscale.config.resolve import RunPlan
 from dinoscale.config.schema import RunConfig
 from dinoscale.engine.ds_config import teacher_config
 from dinoscale.engine.frozen.anchor import anchor_targets
+from dinoscale.engine.frozen.features import FeatureTeacher
 from dinoscale.engine.frozen.gram import GramNetwork
 from dinoscale.engine.frozen.network import FrozenBackbone
 from dinoscale.engine.frozen.teacher import FrozenTeacher
@@ -53,7 +54,7 @@ class _Projected(NamedTuple):
 class _Seen:
     """What the teacher's network computes of a micro-batch, see `models.network.Objective`."""
 
-    wants_patches = False
+    wants_patches = wants_features = False
     classes: _Projected
     patches: _Projected | None = None
 
@@ -70,6 +71,10 @@ class _Seen:
         """Nothing: the targets are those of the heads."""
 
     def of_patches(self, tokens: Tensor) -> Tensor:
+        """Nothing: not wanted."""
+        raise NotImplementedError
+
+    def of_features(self, classes: Tensor | None, patches: Tensor | None) -> Tensor:
         """Nothing: not wanted."""
         raise NotImplementedError
 
@@ -133,12 +138,14 @@ class Teacher:
     Attributes:
         ema: float32 views of the average, one (numel,) view per fragment of `student.layout`.
         deepspeed_config: DeepSpeed's configuration at stage 3; None at stages 0-2, which use none.
-        center: c of the class tokens, (K,) float32, equal on all ranks.
+        center: c of the class tokens, (K,) float32, equal on all ranks; empty without heads.
         patch_center: c of the masked patches, likewise; None without a patch loss.
         gram: the network whose patches anchor the student's; None without a Gram loss.
         anchor: the network as the run began; None without an anchor.
-        frozen: the network of another run that gives the targets; None where the average does.
-        mean_target: (K,) float32, mean of all class targets of the last step, equal on all ranks.
+        frozen: the network of another run that gives the targets, or features to follow; None where
+            the average alone teaches.
+        mean_target: (K,) float32, mean of all class targets of the last step, equal on all ranks;
+            None without heads.
         mean_patch_target: the same of the patch targets; None without a patch loss.
     """
 
@@ -150,7 +157,7 @@ class Teacher:
         plan: RunPlan,
         gram: GramNetwork | None = None,
         anchor: FrozenBackbone | None = None,
-        frozen: FrozenTeacher | None = None,
+        frozen: FrozenTeacher[Any] | None = None,
     ) -> None:
         """Start as a copy of the student.
 
@@ -161,9 +168,10 @@ class Teacher:
             plan: of the run.
             gram: an earlier teacher, which the average refreshes.
             anchor: the network as the run began, which nothing changes.
-            frozen: the network of another run, which gives the targets.
+            frozen: the network of another run, which gives the targets, or features to follow.
         """
         self.gram, self.anchor, self.frozen = gram, anchor, frozen
+        self._features = frozen if isinstance(frozen, FeatureTeacher) else None
         # A rank without a fragment has shards all the same, on the student's device.
         students = (*student.flats, *student.master)
         device = students[0].device if students else compute_device()
@@ -173,9 +181,12 @@ class Teacher:
         self._averages = self._shards if student.flats else self.ema
         torch._foreach_copy_(self.ema, student.master)
         self._center_momentum = config.dino.center_momentum
-        self._sinkhorn = config.dino.targets == "sinkhorn_knopp"
-        self.center = torch.zeros(config.head.num_prototypes, device=compute_device())
-        self.mean_target = torch.zeros_like(self.center)  # until the first update
+        self._has_heads = config.has_heads
+        self._sinkhorn = config.dino.targets == "sinkhorn_knopp" and self._has_heads
+        prototypes = config.head.num_prototypes if self._has_heads else 0
+        self.center = torch.zeros(prototypes, device=compute_device())
+        # Until the first update.
+        self.mean_target = torch.zeros_like(self.center) if self._has_heads else None
         self.patch_center = self.mean_patch_target = None
         if config.ibot.loss_weight:
             head = config.patch_head or config.head
@@ -232,8 +243,20 @@ class Teacher:
             temp: the teacher's temperature.
             gram_counts: run the Gram network, too; the same on all ranks.
         """
-        seen = self._seen.popleft() if self._sinkhorn else self._look(batch)
+        probs, patches = self._outputs(batch, temp=temp)
+        gram = self.gram.features(batch) if self.gram is not None and gram_counts else None
+        anchor = None if self.anchor is None else anchor_targets(self.anchor, batch)
+        features = None if self._features is None else self._features.targets(batch)
+        return Targets(probs, patches, gram, anchor, features)
+
+    def _outputs(self, batch: MicroBatch, *, temp: float) -> tuple[Tensor, PatchTargets | None]:
+        """Targets of the heads: of class tokens (2, B, K), and of masked patches."""
         views, images = batch.global_crops.shape[:2]
+        if not self._has_heads:
+            if self.buffers():  # statistics of batch norm follow the images
+                self._look(batch)
+            return self.center.new_empty(views, images, 0), None
+        seen = self._seen.popleft() if self._sinkhorn else self._look(batch)
         with tensor_cores(self._compute_dtype, batch.global_crops.device):
             probs = prototype_logits(*seen.classes)  # (2B, K): logits, overwritten below
         for rows in probs.split(ROWS):
@@ -253,9 +276,7 @@ class Teacher:
             patches = PatchTargets(
                 units, weight_v, weight_g, center=self.patch_center, temp=temp, plain=plain
             )
-        gram = self.gram.features(batch) if self.gram is not None and gram_counts else None
-        anchor = None if self.anchor is None else anchor_targets(self.anchor, batch)
-        return Targets(probs.view(views, images, -1), patches, gram, anchor)
+        return probs.view(views, images, -1), patches
 
     def count_patch_targets(self, target_sum: Tensor | None) -> None:
         """Add the sum (K,) of a micro-batch's patch targets, which only the loss computes."""
@@ -266,7 +287,8 @@ class Teacher:
         images = batch.global_crops.flatten(0, 1).to(self._compute_dtype)
         seen = _Seen(copies=isinstance(self._weights, Partitioned), earlier=earlier)
         rows = None if batch.masks is None else batch.masks.rows
-        network = self._weights if self.frozen is None else self.frozen
+        frozen = None if self._features is not None else self.frozen
+        network = self._weights if frozen is None else frozen
         with tensor_cores(self._compute_dtype, images.device):
             network.forward([images], None, seen, None, rows)
         return seen
@@ -301,6 +323,8 @@ class Teacher:
 
     def _move_centers(self, skipped: Tensor) -> None:
         """Centers and mean targets of the step, with one collective."""
+        if self.mean_target is None:
+            return
         classes, patches = self._class_sums, self._patch_sums
         sums = [classes.logits, classes.targets]
         if self.patch_center is not None:
@@ -338,7 +362,7 @@ class Teacher:
 
     def centers(self) -> dict[str, Tensor]:
         """What centering averages over steps, by its name in a checkpoint; equal on all ranks."""
-        if self._sinkhorn:
+        if self._sinkhorn or not self._has_heads:
             return {}
         named = {"center": self.center, "patch_center": self.patch_center}
         return {name: center for name, center in named.items() if center is not None}

@@ -20,17 +20,28 @@ class Objective(Protocol):
     The parts are scalars, and their sum is the network's result.
 
     Attributes:
-        wants_patches: whether `of_patches` is called.
+        wants_patches: whether all patch tokens are computed.
+        wants_features: whether `of_features` is called, if the network has maps.
     """
 
     wants_patches: bool
+    wants_features: bool
 
     def of_class_tokens(self, tokens: Tensor) -> Tensor | None:
         """The part of class tokens (N, D) after the final norm, before the head; None for none."""
         ...
 
-    def of_patches(self, tokens: Tensor) -> Tensor:
+    def of_patches(self, tokens: Tensor) -> Tensor | None:
         """The part of all patch tokens of the first crops (N_0, P, D) after the final norm."""
+        ...
+
+    def of_features(self, classes: Tensor | None, patches: Tensor | None) -> Tensor:
+        """The part of the first crops' features after the maps, None without a map.
+
+        Args:
+            classes: class tokens (N_0, D') of the first crops.
+            patches: all their patch tokens (N_0, P, D').
+        """
         ...
 
     def of_prototypes(
@@ -55,23 +66,33 @@ class Objective(Protocol):
 
 
 class DinoNetwork(nn.Module):
-    """Crops to prototype logits; parameters are named backbone.*, head.* and patch_head.*."""
+    """Crops to prototype logits; parameters are named backbone.*, head.* and patch_head.*.
+
+    Linear maps to the width of another network's features, if there are any, are class_map.* and
+    patch_map.*.
+    """
 
     backbone: VisionTransformer | ResNet50
-    head: DinoHead
+    head: DinoHead | None
     patch_head: DinoHead | None
+    class_map: nn.Linear | None
+    patch_map: nn.Linear | None
 
     def __init__(
         self,
         backbone: VisionTransformer | ResNet50,
-        head: DinoHead,
+        head: DinoHead | None,
         patch_head: DinoHead | None = None,
+        class_map: nn.Linear | None = None,
+        patch_map: nn.Linear | None = None,
     ) -> None:
-        """Join them; without `patch_head`, patch tokens share `head`."""
+        """Join them; without `patch_head`, patch tokens share `head`, if there is one."""
         super().__init__()
         self.backbone = backbone
         self.head = head
         self.patch_head = patch_head
+        self.class_map = class_map
+        self.patch_map = patch_map
 
     def forward(
         self,
@@ -96,10 +117,11 @@ class DinoNetwork(nn.Module):
             (sum N_i, K), rows in the order of `crops`; with an objective, its scalar.
         """
         if objective is None:
+            assert self.head is not None
             logits: Tensor = self.head(self.backbone(crops, keep))
             return logits
         options = {} if coordinates is None else {"coordinates": coordinates}
-        patches = of_patches = None
+        patches = of_patches = every = None
         if objective.wants_patches:
             tokens, every = self.backbone(crops, keep, masks=masks, all_patches=True, **options)
             of_patches = objective.of_patches(every)
@@ -111,15 +133,29 @@ class DinoNetwork(nn.Module):
             tokens, patches = self.backbone(
                 crops, keep, masks=masks, patch_rows=patch_rows, **options
             )
-        total, *parts = self._of_heads(tokens, patches, objective)
-        for part in (*parts, objective.of_class_tokens(tokens), of_patches):
-            total = total if part is None else total + part
-        return total
+        parts = [
+            *self._of_heads(tokens, patches, objective),
+            objective.of_class_tokens(tokens),
+            of_patches,
+            self._of_maps(tokens[: len(crops[0])], every, objective),
+        ]
+        first, *others = [part for part in parts if part is not None] or [tokens.new_zeros(())]
+        return sum(others, first)
+
+    def _of_maps(self, tokens: Tensor, every: Tensor | None, objective: Objective) -> Tensor | None:
+        """The objective's part of the first crops' features; None without maps."""
+        if (self.class_map is None and self.patch_map is None) or not objective.wants_features:
+            return None
+        classes = None if self.class_map is None else self.class_map(tokens)
+        patches = None if self.patch_map is None else self.patch_map(every)
+        return objective.of_features(classes, patches)
 
     def _of_heads(
         self, tokens: Tensor, patches: Tensor | None, objective: Objective
     ) -> list[Tensor]:
         """The objective's part of each head."""
+        if self.head is None:
+            return []
         if self.patch_head is not None and patches is not None:
             return [
                 self.head.last_layer(
@@ -162,3 +198,27 @@ class TokenNetwork(nn.Module):
         """
         tokens, patches = self.backbone([images], keep, coordinates=coordinates, all_patches=True)
         return tokens, patches
+
+
+class FeatureNetwork(nn.Module):
+    """A backbone of any kind, for its features; parameters are named backbone.*."""
+
+    backbone: VisionTransformer | ResNet50
+
+    def __init__(self, backbone: VisionTransformer | ResNet50, *, patches: bool) -> None:
+        """Take a backbone, and whether patch tokens are wanted, which a ResNet-50 has not."""
+        super().__init__()
+        assert not patches or isinstance(backbone, VisionTransformer)
+        self.backbone = backbone
+        self._patches = patches
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Features of images (N, C, H, W), normalised pixels, after the final norm.
+
+        Returns:
+            Class tokens, or pooled features (N, D); patch tokens (N, P, D), None if not wanted.
+        """
+        if not self._patches:
+            return self.backbone([images]), None
+        classes, patches = self.backbone([images], all_patches=True)
+        return classes, patches

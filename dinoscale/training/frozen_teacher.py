@@ -28,7 +28,7 @@ def read_same_teacher(
         ConfigError: on every rank, if they do not fit, or the run has learnt from others.
     """
     weights = None
-    if config.distill.by_heads:
+    if config.distill.teacher is not None:
         weights = on_first_rank(partial(read_frozen_teacher, config), heartbeat)
     identity = None if weights is None else weights.identity
     distributed.together(lambda: _require_same(config, checkpoint, identity))

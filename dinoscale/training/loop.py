@@ -350,10 +350,7 @@ class Run:
             "epoch": now.epoch,
             "images": done * self.plan.batch_size,
             "loss": result.loss,
-            "teacher_entropy": result.teacher_entropy,
-            "kl": result.kl,
-            "target_mutual_information": readings["class"].information,
-            "max_prototype_prob": readings["class"].share,
+            **self._of_targets(result, readings),
             **result.terms,
             "lr": now.lr,
             "weight_decay": now.weight_decay,
@@ -361,16 +358,12 @@ class Run:
             "teacher_temp": now.teacher_temp,
             **({"local_weight": now.local_weight} if self.loss_weights.local_is_scheduled else {}),
             "grad_norm": float(self.student.grad_norm()),
-            "center_norm": float(self.teacher.center.norm()),
             **rates,
             "bad_samples": bad,
             "skipped_steps": self.progress.skipped_steps,
             "peak_memory_bytes": peak_memory_bytes(),
             "teacher_bytes": self.teacher.num_bytes(),
         }
-        if "patch" in readings:
-            values["patch_mutual_information"] = readings["patch"].information
-            values["max_patch_prototype_prob"] = readings["patch"].share
         if self.config.crops.mixture:
             crops = run_of_step(self.config, done - 1 + self.progress.data_offset).crops
             values |= {"global_size": crops.global_size, "local_size": crops.local_size}
@@ -378,6 +371,22 @@ class Run:
             norms = self.student.network_grad_norms()
             values |= {f"grad_norm_{network}": norm for network, norm in norms.items()}
         self.metrics.write(done, values)
+
+    def _of_targets(self, result: StepMetrics, readings: dict[str, Reading]) -> dict[str, float]:
+        """What the targets of heads were like; nothing without heads."""
+        if "class" not in readings:
+            return {}
+        values = {
+            "teacher_entropy": result.teacher_entropy,
+            "kl": result.kl,
+            "target_mutual_information": readings["class"].information,
+            "max_prototype_prob": readings["class"].share,
+            "center_norm": float(self.teacher.center.norm()),
+        }
+        if "patch" in readings:
+            values["patch_mutual_information"] = readings["patch"].information
+            values["max_patch_prototype_prob"] = readings["patch"].share
+        return values
 
     def _rates(self, done: int, rates: dict[str, float]) -> dict[str, float]:
         """Show the longest wait for data of any rank, and warn if it is too long."""

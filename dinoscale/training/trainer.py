@@ -250,7 +250,7 @@ def _build(
     gram_from, begins_gram = None, checkpoint is None or checkpoint.gram_refreshes is None
     if config.gram.loss_weight and begins_gram:
         gram_from = on_first_rank(partial(read_gram_weights, config), watchdog.heartbeat)
-    if config.distill.by_heads:
+    if config.distill.teacher is not None:
         watchdog.progress("opening the weights of the frozen teacher")
     frozen_from = frozen_teacher.read_same_teacher(config, checkpoint, watchdog.heartbeat)
     if config.train.micro_batch_size == "auto":
@@ -403,9 +403,10 @@ def _announce(
     )
     trained = parameters - sum(p.numel() for p in student.frozen.parameters.values())
     log.info(
-        "%s, %.2f M parameters with head%s; ZeRO stage %d, %s; teacher %.1f MB per rank",
+        "%s, %.2f M parameters%s%s; ZeRO stage %d, %s; teacher %.1f MB per rank",
         config.model.backbone,
         parameters / 1e6,
+        " with head" if config.has_heads else "",
         f", {trained / 1e6:.2f} M of them train" if trained < parameters else "",
         config.engine.zero_stage,
         config.engine.precision,

@@ -29,7 +29,8 @@ def main() -> None:
         "--objective",
         default="dino",
         choices=OBJECTIVES,
-        help="DINO, DINOv2 by its targets, or adapters (stages 0 to 2) or distillation from a run",
+        help="DINO, DINOv2 by its targets, or from weights of a run: adapters (stages 0 to 2), a"
+        " student of a frozen teacher with heads or of its features alone",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="R", help="of the moments")
     options = parser.parse_args()

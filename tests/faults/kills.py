@@ -49,8 +49,17 @@ OBJECTIVES: dict[str, Mapping[str, dict[str, Any]]] = {  # changes of the config
     "centering": dinov2("centering", patch_head=False),
     "adapters": {"lora": {"rank": 2}, "anchor": {"class_weight": 1.0}},
     "distillation": {},
+    "features": {
+        "distill": {"class_feature_weight": 1.0, "patch_feature_weight": 1.0},
+        "dino": {"loss_weight": 0.0},
+        "crops": {"num_local": 0},
+    },
 }
-_SOURCES = {"adapters": ("train", "init_from"), "distillation": ("distill", "teacher")}  # a run
+_SOURCES = {  # a run
+    "adapters": ("train", "init_from"),
+    "distillation": ("distill", "teacher"),
+    "features": ("distill", "teacher"),
+}
 
 
 @dataclass(frozen=True)
@@ -137,7 +146,8 @@ def run_kills(folder: Path, *, kills: int, stage: int, seed: int, objective: str
     sections = OBJECTIVES[objective]
     if objective in _SOURCES:
         section, key = _SOURCES[objective]
-        sections = {**sections, section: {key: str(_source(folder, stage=stage))}}
+        given = {**sections.get(section, {}), key: str(_source(folder, stage=stage))}
+        sections = {**sections, section: given}
     broken = write_config(folder / "broken", stage=stage, epochs=epochs, **sections)
     tally, run_dir, left = Tally(), broken.parent / "run", list[_Left]()
     for moment in moments(kills, seed):

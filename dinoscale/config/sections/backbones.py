@@ -368,7 +368,7 @@ class ModelConfig(Section):
                 f"'vit_small_patch16_224', or '{RESNET50}', or set model.patch_size"
             )
         named = named_vit_size(self.backbone)
-        dim = self.embed_dim or (named.embed_dim if named else None)
+        dim = self.width
         heads = self.num_heads or (named.num_heads if named else None)
         if dim and heads and dim % heads:
             raise ValueError(
@@ -439,6 +439,14 @@ class ModelConfig(Section):
                 f"drop_path_rate: {RESNET50} has no stochastic depth, "
                 f"need 0.0, got {self.drop_path_rate}"
             )
+
+    @property
+    def width(self) -> int | None:
+        """D, from `embed_dim` or the name; None where neither tells."""
+        if self.backbone == RESNET50:
+            return RESNET50_EMBED_DIM
+        named = named_vit_size(self.backbone)
+        return self.embed_dim or (named.embed_dim if named else None)
 
     @property
     def effective_patch_size(self) -> int | None:

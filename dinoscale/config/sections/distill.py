@@ -1,16 +1,18 @@
 """Settings of a frozen teacher, from which a smaller student learns.
 
+With its heads, by the terms of a run; without, as backbones are released, its features.
 Source: Oquab et al. 2023 (arXiv:2304.07193), section 5; Simeoni et al. 2025 (arXiv:2508.10104),
 section 5.2; [D] ours.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from dinoscale.config.sections.backbones import RESNET50, ModelConfig
 from dinoscale.config.sections.crops import not_whole_patches
-from dinoscale.config.sections.fields import PathText, Section
+from dinoscale.config.sections.fields import PathText, PositiveOrZero, Section
 from dinoscale.config.sections.heads import HeadConfig
 
 
@@ -20,12 +22,19 @@ class DistillConfig(Section):
     The student learns them by the terms of `dino` and `ibot`, KoLeo beside them. It sees its whole
     crops; the patch loss is taken at the patches that `ibot` draws. The average of the student is
     updated as ever, and is what a run is for.
+
+    With a weight of features above 0 the teacher needs no heads: the student's features of the
+    global crops, after the final norm and a linear map to the teacher's width, follow the teacher's
+    features of the same crops. Each term is a mean over the global crops that `ibot` does not
+    choose to mask. The terms of `dino` and `ibot` are then those of a run without a frozen teacher.
+    With both of these at weight 0 there are no heads, and features alone are learned. [D].
     """
 
     teacher: PathText | None = Field(
         default=None,
         description="Weights of the frozen teacher with its heads: a run, one of its checkpoints, "
-        "or a training checkpoint of the authors' code; null: none. They are read at every start, "
+        "or a training checkpoint of the authors' code; for its features alone, any that "
+        "`evaluate` reads; null: none. They are read at every start, "
         "stay out of the checkpoints, and have to be the same when a run resumes.",
     )
     model: ModelConfig | None = Field(
@@ -43,6 +52,33 @@ class DistillConfig(Section):
         description="With a head: that of its patch tokens, with as many prototypes as the "
         "student's; null: they share the class tokens' head.",
     )
+    class_feature_weight: PositiveOrZero = Field(
+        default=0.0,
+        description="Weight of the distances of class features: class tokens, or what a ResNet "
+        "pools; 0: none. [D].",
+    )
+    patch_feature_weight: PositiveOrZero = Field(
+        default=0.0,
+        description="Weight of the distances of patch tokens, a mean over patches; 0: none. "
+        "Another grid of the teacher's is resized bilinearly to the student's. [D].",
+    )
+    feature_loss: Literal["cosine", "smooth_l1"] = Field(
+        default="cosine",
+        description="The distance. cosine: 1 - cosine. smooth_l1: half the square of differences "
+        "below 1, beyond linear, from the teacher's features scaled to mean 0 and variance 1 over "
+        "their channels. [D].",
+    )
+
+    @property
+    def by_features(self) -> bool:
+        """Whether features of a frozen teacher are learned."""
+        return bool(self.feature_weights)
+
+    @property
+    def feature_weights(self) -> list[str]:
+        """Keys of those that are not 0."""
+        keys = ("class_feature_weight", "patch_feature_weight")
+        return [f"distill.{key}" for key in keys if getattr(self, key)]
 
     @model_validator(mode="after")
     def _patch_head_is_beside_a_head(self) -> "DistillConfig":
@@ -53,7 +89,7 @@ class DistillConfig(Section):
     @property
     def by_heads(self) -> bool:
         """Whether the outputs of a frozen teacher's heads are the targets."""
-        return self.teacher is not None
+        return self.teacher is not None and not self.by_features
 
     def heads_beside(
         self, head: HeadConfig, patch_head: HeadConfig | None
@@ -87,6 +123,55 @@ class DistillConfig(Section):
                 for key in others
             ),
         ]
+
+    def feature_mistakes(
+        self,
+        *,
+        model: ModelConfig,
+        sizes: Sequence[int],
+        masked_share: float,
+        alone_with_local: int,
+    ) -> list[str]:
+        """What does not go together where features are learned.
+
+        Args:
+            model: of the student.
+            sizes: of the global crops in pixels.
+            masked_share: share of the global crops that are masked.
+            alone_with_local: local crops of a run whose other terms have no use for them.
+        """
+        keys, teacher = self.feature_weights, self.model or model
+        if self.teacher is None:
+            text = "there is nothing to follow; give distill.teacher, or set it to 0.0"
+            return [f"{key}: {text}" for key in keys]
+        mistakes = [
+            f"distill.{key}: features are learned without the teacher's heads; leave it out"
+            for key in ("head", "patch_head")
+            if getattr(self, key) is not None
+        ]
+        if masked_share == 1:
+            mistakes.append(
+                f"{keys[0]}: the teacher looks at global crops that are not masked, and "
+                "ibot.mask_prob masks all of them; lower that, or set it to 0.0"
+            )
+        if alone_with_local:
+            mistakes.append(
+                f"crops.num_local: {alone_with_local} local crops serve the loss of dino alone, "
+                "and dino.loss_weight is 0; need 0"
+            )
+        if teacher.width is None:
+            mistakes.append(
+                f"distill.model.embed_dim: the width of {teacher.backbone!r} is not known by its "
+                "name; give it"
+            )
+        if self.patch_feature_weight and RESNET50 in (model.backbone, teacher.backbone):
+            mistakes.append(f"distill.patch_feature_weight: {RESNET50} has no tokens, need 0.0")
+        patch = teacher.effective_patch_size
+        if patch is not None and not mistakes:
+            for size in sizes:
+                of_size = not_whole_patches({"crops.global_size": size}, patch)
+                mistakes += [f"{text} (of the frozen teacher)" for text in of_size]
+        return mistakes
 
     def _teacher_mistakes(self, sizes: Sequence[int], *, teaches_patches: bool) -> list[str]:
         if self.model is None:

@@ -10,10 +10,10 @@ section 5.2.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dinoscale.config.resolve import RunPlan
 from dinoscale.config.schema import RunConfig
@@ -24,6 +24,8 @@ from dinoscale.engine.student import materialize
 from dinoscale.losses.gram import resized
 from dinoscale.models.network import DinoNetwork, Objective
 from dinoscale.runtime import distributed
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class DistillingNetwork(DinoNetwork):
@@ -61,8 +63,8 @@ class DistillingNetwork(DinoNetwork):
         return torch.stack(self._of_heads(tokens, chosen, objective)).sum()
 
 
-class FrozenTeacher:
-    """The network in evaluation mode, without gradient and without stochastic depth.
+class FrozenTeacher(Generic[Network]):
+    """A network in evaluation mode, without gradient and without stochastic depth.
 
     Batch norm, if there is any, takes the statistics that it has tracked.
 
@@ -71,7 +73,7 @@ class FrozenTeacher:
     """
 
     def __init__(
-        self, network: DistillingNetwork, config: RunConfig, plan: RunPlan, dtype: torch.dtype
+        self, network: Network, config: RunConfig, plan: RunPlan, dtype: torch.dtype
     ) -> None:
         """Allocate the weights, all zero.
 
@@ -84,7 +86,7 @@ class FrozenTeacher:
         self.identity: str | None = None
         network.requires_grad_(False).eval()
         self._shapes = {name: value.shape for name, value in network.named_parameters()}
-        self._partitioned: Partitioned[DistillingNetwork] | None = None
+        self._partitioned: Partitioned[Network] | None = None
         if config.engine.zero_stage == 3:
             none = Layout((), (), ())  # its partitions are its own
             self._partitioned = Partitioned(network, none, dtype, teacher_config(config, plan))

@@ -80,7 +80,8 @@ def transfers(dims: Dims, setup: Setup) -> list[Transfer]:
 def _gathers(dims: Dims, setup: Setup) -> list[Transfer]:
     """Weights at stage 3: teacher forward, student forward and backward, in every pass."""
     ranks, of_node = setup.world_size, setup.zero_hpz_partition_size
-    forwards = 2 if dims.frozen_teacher is None else 1  # of networks of these sizes that move
+    # Of networks of these sizes that move.
+    forwards = 2 if dims.frozen_teacher is None and dims.prototypes else 1
     gathers = (forwards + 1) * setup.accumulation_steps
     of_all = gathers if of_node == 1 else forwards  # the node keeps what these gathered first
     # A block is prefetched while the one before it computes.
@@ -94,11 +95,12 @@ def _gathers(dims: Dims, setup: Setup) -> list[Transfer]:
         if times:
             found.append(Transfer(what, "all-gather", group, times, sent, prefetches))
     # Gathered in each pass; frozen, so with groups the node's copy stays.
-    teacher = dims.frozen_teacher
+    teacher, followed = dims.frozen_teacher, dims.followed
     for what, is_there, weights in (
         ("Gram network's", dims.gram_size, dims.backbone),
         ("anchor's", dims.anchor, dims.backbone),
         ("frozen teacher's", teacher is not None, dims.of_targets.parameters),
+        ("frozen teacher's", followed is not None, followed.parameters if followed else 0),
     ):
         group = ranks if of_node == 1 else of_node
         times = setup.accumulation_steps

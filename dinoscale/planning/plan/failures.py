@@ -84,7 +84,8 @@ def durability(
     saved = FP32 * (2 + setup.moments) * dims.trained  # master weights, EMA and moments
     saved += FP32 * (dims.frozen + (dims.backbone - dims.frozen) * dims.frozen_networks)
     write_s = saved / storage
-    of_teacher = 0 if dims.frozen_teacher is None else dims.frozen_teacher.parameters
+    teacher = dims.frozen_teacher or dims.followed
+    of_teacher = 0 if teacher is None else teacher.parameters
     build_s = dims.parameters / WEIGHTS_DRAWN_PER_S
     failures = FAILURES_PER_GPU_DAY * setup.world_size
     between_s = DAY_S / failures

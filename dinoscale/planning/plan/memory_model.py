@@ -69,8 +69,8 @@ def persistent(dims: Dims, setup: Setup) -> Terms:
     parts = ranks if stage == 3 else 1
     average, forward = FP32 * weights / ranks, s * weights / parts
     compared = s * (dims.backbone - dims.frozen) / parts * dims.frozen_networks
-    if dims.frozen_teacher is not None:
-        compared += s * dims.frozen_teacher.parameters / parts
+    for teacher in (dims.frozen_teacher, dims.followed):
+        compared += 0 if teacher is None else s * teacher.parameters / parts
     if setup.offload_optimizer:
         states = average = 0
     return {
@@ -99,6 +99,7 @@ def _moments(dims: Dims, setup: Setup) -> dict[str, Terms]:
         "teacher forward": _sum(accumulated, in_forward, _teacher_forward(dims, setup)),
         "Gram forward": _sum(accumulated, in_forward, _gram_forward(dims, setup)),
         "anchor forward": _sum(accumulated, in_forward, _anchor_forward(dims, setup)),
+        "forward of the followed": _sum(accumulated, in_forward, _followed_forward(dims, setup)),
         "anchor loss": _sum(accumulated, in_forward, _anchor_loss(dims, setup)),
         "Gram loss": _sum(accumulated, in_forward, _gram_loss(dims, setup)),
         "loss": _sum(accumulated, in_forward, _loss(dims, setup)),
@@ -167,11 +168,17 @@ def _gathered(
     if setup.zero_stage < 3 or setup.world_size == 1:
         return 0
     weights = (dims.of_targets if during == "teacher" else dims).parameters
+    return _in_flight(weights, setup) + (0 if during == "teacher" else _second_copies(dims, setup))
+
+
+def _in_flight(weights: int, setup: Setup) -> float:
+    """Of so many weights of a network, those that stage 3 has gathered."""
+    if setup.zero_stage < 3 or setup.world_size == 1:
+        return 0
     most = setup.stage3_max_live_parameters
-    copies = 0 if during == "teacher" else _second_copies(dims, setup)
     live = min(weights, most)  # stage3_max_live_parameters
     prefetched = min(weights, most // 2)  # stage3_prefetch_bucket_size
-    return setup.weight_bytes * (live + prefetched) + copies
+    return setup.weight_bytes * (live + prefetched)
 
 
 def _second_copies(dims: Dims, setup: Setup) -> float:
@@ -184,6 +191,8 @@ def _second_copies(dims: Dims, setup: Setup) -> float:
 
 def _teacher_forward(dims: Dims, setup: Setup) -> Terms:
     """The teacher's widest layer, or its prototypes while they are normalized."""
+    if not dims.prototypes:  # nobody asks it
+        return {}
     s, images, teacher = setup.weight_bytes, setup.micro_batch_size, dims.of_targets
     block = _widest(teacher, setup, tokens=teacher.global_tokens)
     prototypes = (2 if setup.bf16 else 1) * FP32 * _prototype_scalars(teacher)
@@ -294,14 +303,51 @@ def _anchor_loss(dims: Dims, setup: Setup) -> Terms:
     }
 
 
+def _followed_forward(dims: Dims, setup: Setup) -> Terms:
+    """The widest layer of the backbone whose features are followed, once the others are there."""
+    teacher = dims.followed
+    if teacher is None:
+        return {}
+    pixels, tokens = dims.global_pixels, teacher.global_tokens
+    return {
+        "activations": _frozen_forward(teacher, setup, pixels=pixels, tokens=tokens),
+        "loss": _targets(dims, setup) + _gram_features(dims, setup) + _anchor_features(dims, setup),
+        "buffers": _in_flight(teacher.parameters, setup),
+    }
+
+
+def _followed_scalars(dims: Dims, setup: Setup) -> int:
+    """Scalars of the patch features that are followed, on the student's grid."""
+    if dims.followed is None or not dims.followed_patches:
+        return 0
+    return setup.micro_batch_size * dims.global_patches * dims.followed.embed_dim
+
+
+def _followed_features(dims: Dims, setup: Setup) -> float:
+    """Those of the followed backbone, until the student's forward has ended."""
+    resized = dims.followed is not None and dims.followed.patch_size != dims.patch_size
+    return (FP32 if resized else setup.weight_bytes) * _followed_scalars(dims, setup)
+
+
+def _followed_kept(dims: Dims, setup: Setup) -> float:
+    """What following patches keeps for the backward: mapped features, and both sides in float32.
+
+    Beside it the student's patches before and after the norm.
+    """
+    scalars = _followed_scalars(dims, setup)
+    own = _patches_kept(dims, setup, loss_bytes=0) if scalars else 0
+    return (setup.weight_bytes + 2 * FP32) * scalars + own
+
+
 def _features(dims: Dims, setup: Setup) -> float:
     """Those of the frozen networks."""
-    return _gram_features(dims, setup) + _anchor_features(dims, setup)
+    of_run = _gram_features(dims, setup) + _anchor_features(dims, setup)
+    return of_run + _followed_features(dims, setup)
 
 
 def _kept(dims: Dims, setup: Setup) -> float:
     """What the losses of patch features keep for the backward."""
-    return _gram_kept(dims, setup) + _anchor_kept(dims, setup)
+    return _gram_kept(dims, setup) + _anchor_kept(dims, setup) + _followed_kept(dims, setup)
 
 
 def _gram_loss(dims: Dims, setup: Setup) -> Terms:

@@ -113,7 +113,9 @@ def make_plan(
             "head": dims.head,
             "total": dims.parameters,
             "trained": dims.trained,
-            "frozen_teacher": 0 if dims.frozen_teacher is None else dims.of_targets.parameters,
+            "frozen_teacher": sum(
+                teacher.parameters for teacher in (dims.frozen_teacher, dims.followed) if teacher
+            ),
         },
         "sizes": _sizes(config, dims),
         "flops_per_image": _flops(dims),

@@ -46,7 +46,11 @@ def _head(plan: dict[str, Any]) -> list[str]:
         of_teacher = f"its average has as many, and the frozen teacher {frozen_teacher} M"
     frozen = "".join(
         f" + {name} {giga[key]}"
-        for key, name in (("gram", "Gram network"), ("anchor", "anchor"))
+        for key, name in (
+            ("gram", "Gram network"),
+            ("anchor", "anchor"),
+            ("followed", "frozen teacher"),
+        )
         if flops[key]
     )
     return [

@@ -138,6 +138,12 @@ def _plot_specs(record: Record) -> list[_PlotSpec]:
             from_zero=True,
         ),
         _PlotSpec(
+            "class_feature_loss", "distance to the frozen teacher's class features", noisy=True
+        ),
+        _PlotSpec(
+            "patch_feature_loss", "distance to the frozen teacher's patch features", noisy=True
+        ),
+        _PlotSpec(
             "patch_entropy", "entropy of the patch targets, nats", noisy=True, from_zero=True
         ),
         _PlotSpec(

@@ -44,6 +44,8 @@ NUMBERS = (
     "gram_loss",
     "anchor_class_loss",
     "anchor_patch_loss",
+    "class_feature_loss",
+    "patch_feature_loss",
     "lr",
     "weight_decay",
     "momentum",

@@ -46,7 +46,10 @@ def dims_of_run(config: RunConfig) -> Dims:
     data = DataConfig().model_copy(update={"channels": config.data.channels})
     sections = ("model", "head", "patch_head", "crops", "ibot", "gram", "distill")
     parts = {section: getattr(config, section) for section in sections}
-    return _cached_dims(RunConfig().model_copy(update={**parts, "data": data}))
+    plain = RunConfig()
+    # Whether there are heads.
+    dino = plain.dino.model_copy(update={"loss_weight": config.dino.loss_weight})
+    return _cached_dims(plain.model_copy(update={**parts, "data": data, "dino": dino}))
 
 
 @dataclass(frozen=True)

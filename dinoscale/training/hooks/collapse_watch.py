@@ -20,7 +20,7 @@ class CollapseWatch:
     def __init__(self, config: RunConfig, plan: RunPlan, events: Events, *, warns: bool) -> None:
         """Watch a run; `warns` on the rank that logs warnings."""
         self._config, self._events, self._warns = config, events, warns
-        heads = {"class": config.head}
+        heads = {"class": config.head} if config.has_heads else {}
         if config.ibot.loss_weight:
             heads["patch"] = config.patch_head or config.head
         self._monitors = {
@@ -36,7 +36,9 @@ class CollapseWatch:
         }
 
     def read(self, now: StepValues, result: StepMetrics) -> dict[str, Reading]:
-        """The targets of each kind of token."""
+        """The targets of each kind of token; nothing without heads."""
+        if not self._monitors:
+            return {}
         readings = {
             "class": Reading(
                 loss=result.teacher_entropy + result.kl,

@@ -1,0 +1,303 @@
+"""Features of a frozen teacher without heads: over ranks and micro-batches, and in a resumed run.
+
+The reference is a plain loop in torch over the same crops. Its float32 shows what rounding does to
+the numbers. The teacher is deeper and wider than the student, with another grid of patches.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinoscale.checkpoint.load import open_run
+from dinoscale.config import RunConfig, resolve
+from dinoscale.convert.source import read_source
+from tests.distributed.plain_run import EPS, NUMBERS, largest_relative
+from tests.distributed.tiny_run import (
+    STEPS_PER_EPOCH,
+    Gathering,
+    dinov2,
+    micro_batches,
+    tiny_config,
+    tiny_plan,
+)
+from tests.harness import run_distributed
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(180)]
+
+RANKS, STEPS, SAVED = 2, 3, 1
+CLASS, PATCH = 1.5, 0.5
+TERMS = ("class_feature_loss", "patch_feature_loss")
+TEACHER = {
+    "backbone": "vit_tiny_patch16_224",
+    "patch_size": 4,
+    "embed_dim": 28,
+    "depth": 3,
+    "num_heads": 4,
+}
+# Loss, stage and images of a micro-batch; beside DINO and iBOT, or alone.
+JOBS = {
+    "alone_0": ("smooth_l1", 0, 3),
+    "alone_3": ("smooth_l1", 3, 1),
+    "beside_0": ("cosine", 0, 3),
+    "beside_3": ("cosine", 3, 1),
+}
+RESUMED = ("alone_3", "beside_0")
+BACKBONE = "backbone."
+
+
+def _config(job: str) -> RunConfig:
+    kind, stage, images = JOBS[job]
+    changes: dict[str, Any] = {
+        "distill": {
+            "teacher": "given",
+            "model": TEACHER,
+            "class_feature_weight": CLASS,
+            "patch_feature_weight": PATCH,
+            "feature_loss": kind,
+        },
+        "train": {"micro_batch_size": images},
+        "engine": {"zero_stage": stage, "precision": "fp32"},
+        "optim": {"lr": 0.02, "clip_grad": 0.0},
+    }
+    if job.startswith("alone"):
+        crops = {"global_size": 32, "num_local": 0}
+        return tiny_config(**changes, crops=crops, dino={"loss_weight": 0.0, "momentum": 0.5})
+    sections = dinov2("centering", patch_head=True, **changes)
+    sections["koleo"] = {"loss_weight": 0.0}
+    sections["ibot"] |= {"mask_rule": "dinov3"}  # as many patches in each image
+    return tiny_config(**sections)
+
+
+def _teacher(config: RunConfig) -> dict[str, Tensor]:
+    """Weights of the teacher by name, the same in every process."""
+    from dinoscale.engine.build import shapes_only
+
+    generator = torch.Generator().manual_seed(7)
+    shapes = shapes_only(config.of_teacher).backbone.state_dict()
+    return {
+        f"{BACKBONE}{name}": 0.3 * torch.randn(value.shape, generator=generator)
+        for name, value in shapes.items()
+    }
+
+
+@functools.cache
+def literally(dtype: torch.dtype) -> dict[str, Any]:
+    """Features alone, in one process: losses of each step, both networks at the end."""
+    from dinoscale.engine.build import build_networks, schedules_of, shapes_only
+    from dinoscale.engine.param_groups import NO_DECAY, build_optimizer
+
+    config = _config("alone_0")
+    train = config.train.model_copy(update={"micro_batch_size": config.train.batch_size})
+    config = config.model_copy(update={"train": train})
+    plan = resolve(config, world_size=1, num_images=config.train.batch_size * STEPS_PER_EPOCH)
+    student, average = (network.to(dtype) for network in build_networks(config))
+    average.load_state_dict(student.state_dict())
+    teacher: Any = shapes_only(config.of_teacher).backbone
+    state = {name.removeprefix(BACKBONE): v.to(dtype) for name, v in _teacher(config).items()}
+    teacher.load_state_dict(state, assign=True)
+    teacher.eval()
+    optimizer = build_optimizer("adamw", student)
+    found: dict[str, Any] = {name: [] for name in ("loss", *TERMS)}
+    for step in range(STEPS):
+        now = schedules_of(config, plan).at(step)
+        (batch,) = micro_batches(config, plan, step)
+        images = batch.global_crops.flatten(0, 1).to(dtype)
+        with torch.no_grad():
+            classes, patches = teacher([images], all_patches=True)
+        grid = patches.mT.unflatten(2, (8, 8))
+        coarse = F.interpolate(grid, size=(4, 4), mode="bilinear", antialias=True)
+        targets = classes, coarse.flatten(2).mT
+        tokens = student.backbone([images], all_patches=True)
+        losses = []
+        for own, target, mapped in zip(
+            tokens, targets, (student.class_map, student.patch_map), strict=True
+        ):
+            z = target - target.mean(-1, keepdim=True)
+            z = z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+            error = (own @ mapped.weight.T + mapped.bias - z).abs()
+            losses.append(torch.where(error < 1, error**2 / 2, error - 0.5).mean())
+        loss = CLASS * losses[0] + PATCH * losses[1]
+        optimizer.zero_grad()
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = now.lr
+            group["weight_decay"] = 0.0 if group["name"] == NO_DECAY else now.weight_decay
+        optimizer.step()
+        with torch.no_grad():
+            for mean, weight in zip(average.parameters(), student.parameters(), strict=True):
+                mean.lerp_(weight, 1 - now.momentum)
+        for name, value in zip(found, (loss, *losses), strict=True):
+            found[name].append(float(value.detach()))
+    return found | {
+        "student": dict(student.named_parameters()),
+        "ema": dict(average.named_parameters()),
+    }
+
+
+def follow(root: str) -> dict[str, Any]:
+    """On every rank: take the steps of each job, and resume them."""
+    found = {job: _follow(job, Path(root) / job) for job in JOBS}
+    return found | {"whole_run": _train(Path(root))}
+
+
+def _train(root: Path) -> list[str]:
+    """A run of features alone, stopped and resumed, then with another teacher; how each ended."""
+    import os
+
+    from dinoscale.convert.run_checkpoint import card_of
+    from dinoscale.convert.weights_file import save_backbone
+    from dinoscale.errors import ConfigError
+    from dinoscale.runtime import distributed
+    from dinoscale.runtime.launcher_env import read_process
+    from dinoscale.training.trainer import train
+
+    config, ends = _config("alone_0"), []
+    files = [root / name for name in ("teacher.safetensors", "other.safetensors")]
+    if distributed.rank() == 0:
+        card = card_of(config.of_teacher, source="drawn")
+        state = {name.removeprefix(BACKBONE): v for name, v in _teacher(config).items()}
+        save_backbone(files[0], state, card)
+        save_backbone(files[1], state | {"norm.bias": state["norm.bias"] + 1}, card)
+    distributed.gather_objects(None)
+    for file, stop in ((files[0], 1), (files[0], 2), (files[1], 3)):
+        changes = {
+            "distill": config.distill.model_copy(update={"teacher": str(file)}),
+            "train": config.train.model_copy(update={"stop_after_steps": stop, "epochs": 2}),
+            "data": config.data.model_copy(
+                update={"train": "synthetic:shapes?images=12&size=32", "num_workers": 0}
+            ),
+            "run_dir": str(root / "run"),
+        }
+        try:
+            train(config.model_copy(update=changes), read_process(os.environ))
+            ends.append("done")
+        except ConfigError as error:
+            ends.append(str(error))
+    return ends
+
+
+def _follow(job: str, run_dir: Path) -> dict[str, Any]:
+    from dinoscale.engine.build import build_pair
+    from dinoscale.runtime import distributed
+    from tests.golden.test_trajectory import resume
+
+    config = _config(job)
+    plan = tiny_plan(config)
+    weights = _teacher(config) if distributed.rank() == 0 else None
+    pair = build_pair(config, plan)
+    pair[1].frozen.load(weights, identity="given")
+    gather = Gathering(pair[0])
+    found = _steps(pair, config, plan, range(STEPS), run_dir)
+    found |= {"student": gather(pair[0].master), "ema": gather(pair[1].ema)}
+    pairs = [pair]
+    if job in RESUMED:
+        anew = build_pair(config, plan, values=False)
+        anew[1].frozen.load(weights, identity="given")
+        resume(str(run_dir), *anew, step=SAVED)
+        found["resumed"] = _steps(anew, config, plan, range(SAVED, STEPS), None)
+        found["same"] = all(map(torch.equal, pair[0].master, anew[0].master))
+        pairs.append(anew)
+    for student, teacher in pairs:
+        teacher.wait()
+        student.close()
+    return found
+
+
+def _steps(
+    pair: Any, config: RunConfig, plan: Any, steps: range, run_dir: Path | None
+) -> dict[str, Any]:
+    from dinoscale.engine.build import loss_weights_of, schedules_of
+    from dinoscale.engine.step import train_step
+    from tests.golden.test_trajectory import save
+
+    found: dict[str, Any] = {name: [] for name in ("loss", *TERMS)}
+    weights = loss_weights_of(config)
+    for step in steps:
+        now, batches = schedules_of(config, plan).at(step), micro_batches(config, plan, step)
+        result = train_step(batches, *pair, now, loss_weights=weights)
+        found["loss"].append(result.loss)
+        for name in TERMS:
+            found[name].append(result.terms[name])
+        if run_dir is not None and step + 1 == SAVED:
+            save(str(run_dir), *pair, step=SAVED)
+    return found
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("features")
+
+
+@pytest.fixture(scope="module")
+def followed(root: Path) -> dict[str, dict[str, Any]]:
+    """Job -> what rank 0 of two found."""
+    function = "tests.distributed.test_features:follow"
+    of_rank_0: dict[str, dict[str, Any]]
+    of_rank_0, _ = run_distributed(function, world_size=RANKS, timeout_s=150, root=str(root))
+    return of_rank_0
+
+
+@pytest.mark.parametrize("job", [job for job in JOBS if job.startswith("alone")])
+def test_features_alone_are_the_plain_loop_at_any_stage_and_accumulation(
+    followed: dict[str, dict[str, Any]], job: str
+) -> None:
+    exact, rounded = (literally(dtype) for dtype in (torch.float64, torch.float32))
+    found = followed[job]
+    for name in ("loss", *TERMS):
+        bound = NUMBERS * (largest_relative(rounded[name], exact[name]) + EPS)
+        assert found[name] == pytest.approx(exact[name], rel=bound), name
+    assert found["student"].keys() == exact["student"].keys()  # and so there is no head
+    assert {"class_map.weight", "patch_map.bias"} <= found["student"].keys()
+    for kind in ("student", "ema"):
+        off, wanted = _whole(rounded[kind]), _whole(exact[kind])
+        bound = NUMBERS * float((off - wanted).norm() / wanted.norm() + EPS)
+        assert float((_whole(found[kind]) - wanted).norm() / wanted.norm()) <= bound
+
+
+def _whole(tensors: dict[str, Tensor]) -> Tensor:
+    return torch.cat([tensors[name].detach().double().flatten() for name in sorted(tensors)])
+
+
+def test_beside_the_own_objectives_stages_and_accumulation_agree(
+    followed: dict[str, dict[str, Any]],
+) -> None:
+    whole, sharded = followed["beside_0"], followed["beside_3"]
+    assert len(whole["student"]) > len(followed["alone_0"]["student"])  # heads
+    # Float32 sums of a few dozen terms in another order, in some layers and steps.
+    for name in ("loss", *TERMS):
+        assert sharded[name] == pytest.approx(whole[name], rel=1e4 * EPS), name
+        assert min(whole[name]) > 0.01, name
+
+
+@pytest.mark.parametrize("job", RESUMED)
+def test_a_resumed_run_goes_on_bit_for_bit(followed: dict[str, dict[str, Any]], job: str) -> None:
+    found = followed[job]
+    for name in ("loss", *TERMS):
+        assert found["resumed"][name] == found[name][SAVED:], name
+    assert found["same"]
+
+
+def test_a_whole_run_of_features_alone_resumes_with_the_same_teacher_only(
+    root: Path, followed: dict[str, Any]
+) -> None:
+    *done, another = followed["whole_run"]
+    assert done == ["done", "done"]
+    assert another.startswith("distill.teacher: the run of ")
+    assert "whose weights are others" in another
+    checkpoint = open_run(root / "run")
+    parts = {name.partition(".")[0] for name in checkpoint.shapes}
+    assert parts == {"backbone", "class_map", "patch_map"}  # neither heads nor the teacher
+    lines = [json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text().splitlines()]
+    logged = {key for line in lines for key in line}
+    assert set(TERMS) <= logged
+    assert not {"kl", "teacher_entropy", "dino_loss", "center_norm"} & logged  # of heads
+    exported = read_source(root / "run")
+    assert exported.head is None
+    assert exported.backbone["cls_token"].shape[-1] == 20
+    assert not any("map" in name for name in exported.backbone)

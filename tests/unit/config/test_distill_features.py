@@ -1,0 +1,81 @@
+"""Settings of features that follow a frozen teacher's: what goes together, and what is refused."""
+
+from typing import Any
+
+import pytest
+
+from dinoscale.config import RunConfig, parse_config
+from dinoscale.errors import ConfigError
+
+TEACHER = {"backbone": "vit_base_patch16_224"}
+
+
+def _config(
+    distill: dict[str, Any] | None = None, **sections: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    given = {"teacher": "w.pth", "model": TEACHER, "class_feature_weight": 1.0}
+    return {"distill": given | (distill or {}), **sections}
+
+
+def _parsed(*args: Any, **sections: Any) -> RunConfig:
+    return parse_config(_config(*args, **sections))
+
+
+def test_features_beside_the_own_heads_and_alone() -> None:
+    beside = _parsed()
+    assert (beside.has_heads, beside.distill.by_features, beside.distill.by_heads) == (1, 1, 0)
+    assert _parsed({"class_feature_weight": 0.0}).distill.by_heads
+    alone = _parsed(dino={"loss_weight": 0.0}, crops={"num_local": 0})
+    assert not alone.has_heads
+    resnet = _parsed(
+        model={"backbone": "resnet50"}, dino={"loss_weight": 0.0}, crops={"num_local": 0}
+    )
+    assert resnet.of_teacher.model.width == 768
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "no_teacher": (
+        _config({"teacher": None, "model": None}),
+        "distill.class_feature_weight: there is nothing to follow; give distill.teacher",
+    ),
+    "heads": (
+        _config({"head": {"num_prototypes": 7}}),
+        "distill.head: features are learned without the teacher's heads",
+    ),
+    "all_masked": (
+        _config(ibot={"loss_weight": 1.0, "mask_prob": 1.0}),
+        "distill.class_feature_weight: the teacher looks at global crops that are not masked",
+    ),
+    "local_crops_for_nothing": (
+        _config(dino={"loss_weight": 0.0}),
+        "crops.num_local: 8 local crops serve the loss of dino alone",
+    ),
+    "unknown_width": (
+        _config({"model": {"backbone": "vit_so400m_patch14_siglip_224"}}),
+        "distill.model.embed_dim: the width of 'vit_so400m_patch14_siglip_224' is not known",
+    ),
+    "patches_of_a_resnet": (
+        _config({"model": {"backbone": "resnet50"}, "patch_feature_weight": 1.0}),
+        "distill.patch_feature_weight: resnet50 has no tokens, need 0.0",
+    ),
+    "patches_for_a_resnet": (
+        _config({"patch_feature_weight": 1.0}, model={"backbone": "resnet50"}),
+        "distill.patch_feature_weight: resnet50 has no tokens, need 0.0",
+    ),
+    "other_patches": (
+        _config({"model": {"backbone": "vit_base_patch16_224", "patch_size": 15}}),
+        "(of the frozen teacher)",
+    ),
+    "nothing_to_learn": (
+        {"model": {"backbone": "resnet50"}, "dino": {"loss_weight": 0.0}},
+        "dino.loss_weight: nothing to learn",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_what_does_not_go_together_is_refused(name: str) -> None:
+    values, text = MISTAKES[name]
+    with pytest.raises(ConfigError) as found:
+        parse_config(values)
+    assert text in str(found.value)
