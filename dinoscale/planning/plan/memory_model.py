@@ -21,6 +21,14 @@ from dinoscale.planning.plan.activations import (
     saved_by_block,
     saved_by_blocks,
 )
+from dinoscale.planning.plan.frozen_networks import (
+    anchor_features,
+    features,
+    frozen_forward,
+    gram_features,
+    kept,
+    widest,
+)
 from dinoscale.planning.plan.partition import FP32, Setup
 
 PARTS = ("parameters", "gradients", "optimizer", "teacher", "activations", "loss", "buffers")
@@ -194,7 +202,7 @@ def _teacher_forward(dims: Dims, setup: Setup) -> Terms:
     if not dims.prototypes:  # nobody asks it
         return {}
     s, images, teacher = setup.weight_bytes, setup.micro_batch_size, dims.of_targets
-    block = _widest(teacher, setup, tokens=teacher.global_tokens)
+    block = widest(teacher, setup, tokens=teacher.global_tokens)
     prototypes = (2 if setup.bf16 else 1) * FP32 * _prototype_scalars(teacher)
     if dims.patches.masked and teacher.patch_size != dims.patch_size:  # on both grids, in float32
         patches = teacher.global_patches + dims.global_patches
@@ -207,56 +215,16 @@ def _teacher_forward(dims: Dims, setup: Setup) -> Terms:
     }
 
 
-def _widest(dims: Dims, setup: Setup, *, tokens: int) -> float:
-    """A block over so many tokens an image: residual, norm, input and output of the activation."""
-    of_token = setup.weight_bytes * (2 * dims.embed_dim + 2 * dims.mlp_kept)
-    return setup.micro_batch_size * tokens * of_token
-
-
 def _gram_forward(dims: Dims, setup: Setup) -> Terms:
     """The Gram network's widest layer, once the targets are there."""
     if not dims.gram_size:
         return {}
-    activations = _frozen_forward(dims, setup, pixels=dims.gram_pixels, tokens=dims.gram_tokens)
+    activations = frozen_forward(dims, setup, pixels=dims.gram_pixels, tokens=dims.gram_tokens)
     return {
         "activations": activations,
         "loss": _targets(dims, setup),
         "buffers": _gathered(dims, setup, during="teacher"),
     }
-
-
-def _frozen_forward(dims: Dims, setup: Setup, *, pixels: int, tokens: int) -> float:
-    """Activations of a frozen backbone's widest layer, over so many pixels and tokens an image."""
-    s, images = setup.weight_bytes, setup.micro_batch_size
-    pictures = s * images * pixels if setup.bf16 else 0
-    inputs = 2 * s * images * tokens * dims.embed_dim  # of the block and of its MLP
-    return pictures + inputs + _widest(dims, setup, tokens=tokens)
-
-
-def _gram_kept(dims: Dims, setup: Setup) -> float:
-    """What the Gram loss keeps for the backward: unit vectors of both sides, and the gradient.
-
-    Beside it the student's patches before and after the norm, the latter in float32 too.
-    """
-    if not dims.gram_size:
-        return 0
-    return _patches_kept(dims, setup, loss_bytes=3 * FP32)
-
-
-def _patches_kept(dims: Dims, setup: Setup, *, loss_bytes: int) -> float:
-    """What a loss on patches keeps of the student's, with its own bytes a scalar."""
-    scalars = setup.micro_batch_size * dims.global_patches * dims.embed_dim
-    own = 2 * setup.weight_bytes + (FP32 if setup.bf16 else 0)
-    return scalars * (loss_bytes + own)
-
-
-def _gram_features(dims: Dims, setup: Setup) -> float:
-    """Those of the Gram network, on the student's grid, until the student's forward has ended."""
-    if not dims.gram_size:
-        return 0
-    as_computed = dims.gram_size == dims.global_size  # else resized, in float32
-    size = setup.weight_bytes if as_computed else FP32
-    return size * setup.micro_batch_size * dims.global_patches * dims.embed_dim
 
 
 def _anchor_forward(dims: Dims, setup: Setup) -> Terms:
@@ -265,27 +233,10 @@ def _anchor_forward(dims: Dims, setup: Setup) -> Terms:
         return {}
     pixels, tokens = dims.global_pixels, dims.global_tokens
     return {
-        "activations": _frozen_forward(dims, setup, pixels=pixels, tokens=tokens),
-        "loss": _targets(dims, setup) + _gram_features(dims, setup),
+        "activations": frozen_forward(dims, setup, pixels=pixels, tokens=tokens),
+        "loss": _targets(dims, setup) + gram_features(dims, setup),
         "buffers": _gathered(dims, setup, during="teacher"),
     }
-
-
-def _anchor_kept(dims: Dims, setup: Setup) -> float:
-    """What the anchor's loss keeps for the backward: the difference of unit vectors.
-
-    Beside it the student's patches before and after the norm, the latter in float32 too.
-    """
-    if not dims.anchored_patches:
-        return 0
-    return _patches_kept(dims, setup, loss_bytes=FP32)
-
-
-def _anchor_features(dims: Dims, setup: Setup) -> float:
-    """Those of the anchor, until the student's forward has ended."""
-    if not dims.anchor:
-        return 0
-    return setup.weight_bytes * setup.micro_batch_size * dims.global_patches * dims.embed_dim
 
 
 def _anchor_loss(dims: Dims, setup: Setup) -> Terms:
@@ -296,8 +247,8 @@ def _anchor_loss(dims: Dims, setup: Setup) -> Terms:
     return {
         "activations": saved_by_blocks(dims, setup, blocks=dims.depth),
         "loss": _targets(dims, setup)
-        + _features(dims, setup)
-        + _kept(dims, setup)
+        + features(dims, setup)
+        + kept(dims, setup)
         + 3 * FP32 * scalars,
         "buffers": _gathered(dims, setup, during="forward"),
     }
@@ -309,45 +260,16 @@ def _followed_forward(dims: Dims, setup: Setup) -> Terms:
     if teacher is None:
         return {}
     pixels, tokens = dims.global_pixels, teacher.global_tokens
+    activations = frozen_forward(teacher, setup, pixels=pixels, tokens=tokens)
+    if dims.followed_patches and teacher.patch_size != dims.patch_size:  # on both grids, in float32
+        patches = teacher.global_patches + dims.global_patches
+        resized = FP32 * setup.micro_batch_size * patches * teacher.embed_dim
+        activations = max(activations, resized)
     return {
-        "activations": _frozen_forward(teacher, setup, pixels=pixels, tokens=tokens),
-        "loss": _targets(dims, setup) + _gram_features(dims, setup) + _anchor_features(dims, setup),
+        "activations": activations,
+        "loss": _targets(dims, setup) + gram_features(dims, setup) + anchor_features(dims, setup),
         "buffers": _in_flight(teacher.parameters, setup),
     }
-
-
-def _followed_scalars(dims: Dims, setup: Setup) -> int:
-    """Scalars of the patch features that are followed, on the student's grid."""
-    if dims.followed is None or not dims.followed_patches:
-        return 0
-    return setup.micro_batch_size * dims.global_patches * dims.followed.embed_dim
-
-
-def _followed_features(dims: Dims, setup: Setup) -> float:
-    """Those of the followed backbone, until the student's forward has ended."""
-    resized = dims.followed is not None and dims.followed.patch_size != dims.patch_size
-    return (FP32 if resized else setup.weight_bytes) * _followed_scalars(dims, setup)
-
-
-def _followed_kept(dims: Dims, setup: Setup) -> float:
-    """What following patches keeps for the backward: mapped features, and both sides in float32.
-
-    Beside it the student's patches before and after the norm.
-    """
-    scalars = _followed_scalars(dims, setup)
-    own = _patches_kept(dims, setup, loss_bytes=0) if scalars else 0
-    return (setup.weight_bytes + 2 * FP32) * scalars + own
-
-
-def _features(dims: Dims, setup: Setup) -> float:
-    """Those of the frozen networks."""
-    of_run = _gram_features(dims, setup) + _anchor_features(dims, setup)
-    return of_run + _followed_features(dims, setup)
-
-
-def _kept(dims: Dims, setup: Setup) -> float:
-    """What the losses of patch features keep for the backward."""
-    return _gram_kept(dims, setup) + _anchor_kept(dims, setup) + _followed_kept(dims, setup)
 
 
 def _gram_loss(dims: Dims, setup: Setup) -> Terms:
@@ -358,8 +280,8 @@ def _gram_loss(dims: Dims, setup: Setup) -> Terms:
     return {
         "activations": saved_by_blocks(dims, setup, blocks=dims.depth),
         "loss": _targets(dims, setup)
-        + _features(dims, setup)
-        + _kept(dims, setup)
+        + features(dims, setup)
+        + kept(dims, setup)
         + 2 * FP32 * min(gram.CHUNK, similarities),
         "buffers": _gathered(dims, setup, during="forward"),
     }
@@ -376,7 +298,7 @@ def _loss(dims: Dims, setup: Setup) -> Terms:
     return {
         "activations": activations(dims, setup) + cast,
         "gradients": setup.weight_bytes * _prototype_scalars(dims),
-        "loss": _targets(dims, setup) + chunk + _features(dims, setup) + _kept(dims, setup),
+        "loss": _targets(dims, setup) + chunk + features(dims, setup) + kept(dims, setup),
         "buffers": _gathered(dims, setup, during="forward"),
     }
 
@@ -396,8 +318,8 @@ def _patch_loss(dims: Dims, setup: Setup) -> Terms:
         "loss": _targets(dims, setup)
         + prototypes
         + 3 * FP32 * min(CHUNK, logits)
-        + _features(dims, setup)
-        + _kept(dims, setup),
+        + features(dims, setup)
+        + kept(dims, setup),
         "buffers": copied + _gathered(dims, setup, during="forward"),
     }
 
@@ -408,7 +330,7 @@ def _start_of_backward(dims: Dims, setup: Setup) -> Terms:
         "activations": activations(dims, setup),
         "gradients": setup.weight_bytes
         * (_prototype_scalars(dims) + _patch_prototype_scalars(dims)),
-        "loss": _targets(dims, setup) + _kept(dims, setup),
+        "loss": _targets(dims, setup) + kept(dims, setup),
         "buffers": _bucket(setup) + _gathered(dims, setup, during="backward"),
     }
 
