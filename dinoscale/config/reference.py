@@ -160,6 +160,7 @@ features have moved, and k-NN or `guard` what became of them.
 ## Learning the features of a larger backbone
 
 ```yaml
+defaults: [vit_s16]  # the student
 distill:
   teacher: dinov2_vitl14_pretrain.pth
   model: {backbone: vit_large_patch14_dinov2}

@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 EPOCH = 50  # steps
-TEACHER_STEPS, STEPS, EVERY = 800, 400, 100
+TEACHER_STEPS, STEPS, EVERY = 1200, 300, 100
 TEACHER = {
     "backbone": "vit_tiny_patch16_224",
     "patch_size": 4,

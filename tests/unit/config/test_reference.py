@@ -47,7 +47,8 @@ def test_values_are_told_in_words(row: str) -> None:
 
 
 def test_the_files_in_the_head_are_some(tmp_path: Path) -> None:
-    inherited, phases, mixed, distilled = re.findall(r"```yaml\n(.*?)```", reference(), re.DOTALL)
+    found = re.findall(r"```yaml\n(.*?)```", reference(), re.DOTALL)
+    inherited, phases, mixed, distilled, followed = found
     path = tmp_path / "run.yaml"
     path.write_text(inherited)
     config = load_config(str(path), ["optim.lr=1e-3", "eval.train=null"])
@@ -71,3 +72,6 @@ def test_the_files_in_the_head_are_some(tmp_path: Path) -> None:
     )
     heads = [config.of_teacher.head, config.of_teacher.patch_head]
     assert heads == [load_config("dinov2_vitl14").head, load_config("dinov2_vitl14").patch_head]
+    path.write_text(followed)
+    config = load_config(str(path))
+    assert (config.has_heads, config.of_teacher.model.width) == (False, 1024)
