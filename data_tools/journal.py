@@ -7,7 +7,7 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,15 +24,15 @@ T = TypeVar("T")
 _HEAD = b'{"fingerprint"'  # starts a journal; shorter if the process was killed
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all.
+def write_whole(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Write a file, in one piece or piece by piece, whole or not at all.
 
     Raises:
         DataError: it cannot be written.
         OutputError: something else is there.
     """
-    with _as_data_error(path), atomic_write(path) as beside:
-        beside.write_bytes(data)
+    with _as_data_error(path), atomic_write(path) as beside, beside.open("wb") as file:
+        file.writelines([data] if isinstance(data, bytes) else data)
 
 
 def require_writable(path: Path, source: object = None) -> None:

@@ -99,7 +99,7 @@ class FeatureFolder:
             yield json.loads(path.read_bytes())
 
     def finish(self, about: Mapping[str, object]) -> None:
-        """Write the manifest: `about`, and the records; then remove these."""
+        """Write the manifest: `about`, and the records, a line each; then remove these."""
 
         def lines() -> Iterator[str]:
             yield "{\n"

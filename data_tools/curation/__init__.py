@@ -1,0 +1,1 @@
+"""Choosing images for a training by their embeddings: clusters, balance, neighbours, copies."""

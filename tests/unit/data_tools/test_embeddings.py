@@ -1,0 +1,162 @@
+"""Folders of features as a selection reads them, and the lists that it writes."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_tools.build_shards import build_shards
+from data_tools.curation.embeddings import Embeddings, open_embeddings
+from data_tools.curation.selection import write_selection
+from data_tools.files import open_files
+from dinoscale.data.sources.source import open_source
+from dinoscale.errors import DataError
+from tests.unit.data.conftest import jpeg
+from tests.unit.data_tools.tiny_features import write_features
+
+CLS = np.random.default_rng(0).normal(size=(23, 4)).astype(np.float16)
+PATCH = np.random.default_rng(1).normal(size=(23, 2)).astype(np.float32)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    arrays = {"cls": CLS, "mean_patch": PATCH, "patches": np.zeros((23, 3, 2), np.float32)}
+    return write_features(
+        tmp_path / "features", arrays, labels=[i % 3 - 1 for i in range(23)], shard_size=5
+    )
+
+
+def test_rows_are_those_of_the_arrays_wherever_a_block_begins(folder: Path) -> None:
+    both = open_embeddings(folder, features=("mean_patch", "cls"), normalize=False)
+    whole = np.concatenate([PATCH, CLS.astype(np.float32)], axis=1)
+    assert (len(both), both.width) == (23, 6)
+    for start, stop in [(0, 23), (0, 5), (4, 16), (22, 23), (7, 7)]:
+        assert np.array_equal(both.rows(start, stop), whole[start:stop])
+    numbers = np.array([22, 3, 3, 10])
+    assert np.array_equal(both.take(numbers), whole[numbers])
+    assert both.names(numbers) == ["00022.jpg", "00003.jpg", "00003.jpg", "00010.jpg"]
+    assert both.labels is not None
+    assert both.labels.tolist() == [i % 3 - 1 for i in range(23)]
+
+
+def test_rows_have_length_one_and_the_usual_feature_is_the_class_token(folder: Path) -> None:
+    usual = open_embeddings(folder)
+    assert usual.features == ("cls",)
+    rows = usual.rows(0, 23)
+    assert np.allclose(rows * np.linalg.norm(CLS.astype(float), axis=1)[:, None], CLS, atol=1e-5)
+    assert np.array_equal(usual.rows(9, 11), rows[9:11])
+    assert usual.digest != open_embeddings(folder, features=("mean_patch",)).digest
+    assert usual.digest != open_embeddings(folder, normalize=False).digest
+
+
+def test_a_folder_that_is_not_whole_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nothing is no folder of features.*dinoscale embed"):
+        open_embeddings(tmp_path / "nothing")
+    with pytest.raises(DataError, match=r"'pooled' is not there; it has cls, mean_patch\."):
+        open_embeddings(folder, features=("pooled",))
+    with pytest.raises(DataError, match="'patches' has several rows for an image"):
+        open_embeddings(folder, features=("patches",))
+    array = folder / "cls-00002.npy"
+    kept = array.read_bytes()
+    array.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    with pytest.raises(DataError, match=r"cls-00002\.npy is damaged: its SHA-256"):
+        open_embeddings(folder).verify()
+    array.write_bytes(kept[:-2])
+    with pytest.raises(DataError, match=r"cls-00002\.npy is missing or damaged"):
+        open_embeddings(folder)
+    array.write_bytes(kept)
+    manifest = folder / "manifest.json"
+    whole = manifest.read_bytes()
+    manifest.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"manifest\.json is not as .* writes it"):
+        open_embeddings(folder)
+    manifest.unlink()
+    (folder / "unfinished.json").write_text("{}")
+    with pytest.raises(DataError, match=r"features is unfinished: start the same"):
+        open_embeddings(folder)
+
+
+def test_numbers_that_are_not_finite_are_refused_with_their_image(tmp_path: Path) -> None:
+    rows = np.ones((9, 4), np.float32)
+    rows[6, 1] = np.nan
+    embeddings = open_embeddings(write_features(tmp_path / "out", {"cls": rows}, shard_size=4))
+    embeddings.rows(0, 6)
+    with pytest.raises(DataError, match=r"features of 00006\.jpg \(row 6\) are not finite"):
+        embeddings.rows(3, 9)
+
+
+def _of(tmp_path: Path, spec: Path, names: list[str], classes: list[str] | None) -> Embeddings:
+    rows = np.ones((len(names), 2), np.float32)
+    out = tmp_path / "features"
+    return open_embeddings(
+        write_features(out, {"cls": rows}, names=names, classes=classes, spec=str(spec))
+    )
+
+
+def test_a_selection_of_a_folder_is_a_list_for_training(tmp_path: Path) -> None:
+    names = [f"{'xy'[i % 2]}/{i}.jpg" for i in range(6)]
+    for name in names:
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(int(path.stem)))
+    embeddings = _of(tmp_path, tmp_path / "images", names, ["x", "y"])
+    out = tmp_path / "chosen.txt"
+    write_selection(
+        out,
+        embeddings,
+        np.array([1, 3, 5]),
+        counts=np.array([1, 2, 1]),
+        about={"command": "test", "seed": 3},
+    )
+    trained = open_source(str(out))
+    assert [Path(trained.path(i)).name for i in range(len(trained))] == [
+        "1.jpg", "3.jpg", "3.jpg", "5.jpg",
+    ]  # fmt: skip
+    assert trained.picture(3).pixels().shape[2] == 3
+    packed = open_files(str(out))
+    assert packed.class_names == ["x", "y"]
+    assert packed.labels is not None
+    assert packed.labels.tolist() == [1, 1, 1, 1]
+    record = json.loads((tmp_path / "chosen.json").read_text())
+    assert (record["images"], record["lines"], record["seed"]) == (3, 4, 3)
+    assert record["embeddings"]["digest"] == embeddings.digest
+    assert record["train_on"] == f"data.train={out}"
+
+
+def test_a_selection_of_shards_is_packed_before_training(tmp_path: Path) -> None:
+    shard = tmp_path / "a.tar"
+    with tarfile.open(shard, "w") as tar:
+        for i in range(4):
+            path = tmp_path / f"{i}.jpg"
+            path.write_bytes(jpeg(i))
+            tar.add(path, path.name)
+    embeddings = _of(tmp_path, shard, [f"{shard}::{i}.jpg" for i in range(4)], None)
+    out = tmp_path / "chosen.txt"
+    record = write_selection(out, embeddings, np.array([1, 2]), about={})
+    assert record["train_on"].startswith(f"dinoscale data build-shards {out} ")
+    build_shards(
+        str(out), tmp_path / "chosen", shard_bytes=2**20, max_side=None, seed=0, prefix="train",
+        workers=1,
+    )  # fmt: skip
+    assert len(open_source(str(tmp_path / "chosen"))) == 2
+
+
+def test_images_that_no_list_can_name_are_refused(tmp_path: Path) -> None:
+    embeddings = _of(tmp_path, Path("synthetic:shapes"), ["0", "1"], None)
+    with pytest.raises(DataError, match="synthetic:shapes, are no files on a disk"):
+        write_selection(tmp_path / "a.txt", embeddings, np.array([0]), about={})
+
+
+def test_images_that_have_moved_are_named_by_their_new_folder(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "0.jpg").write_bytes(jpeg(0))
+    embeddings = _of(tmp_path, tmp_path / "old", ["0.jpg"], None)
+    with pytest.raises(DataError, match=r"0\.jpg of .* is not in .*old\. .*--images"):
+        write_selection(tmp_path / "a.txt", embeddings, np.array([0]), about={})
+    out, moved = tmp_path / "a.txt", str(tmp_path / "new")
+    write_selection(out, embeddings, np.array([0]), about={}, images=moved)
+    assert out.read_text() == f"{tmp_path}/new/0.jpg\n"
