@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_tools.curation.command import add_curation
 from dinoscale.errors import DataError, UnavailableError
 from dinoscale.runtime.cores import available_cores
 
@@ -26,7 +27,7 @@ def add_commands(commands: SubCommands) -> None:
     """Add `data` and its tools."""
     data = commands.add_parser(
         "data",
-        help="build, verify, inspect, measure and deduplicate image sets",
+        help="build, verify, inspect, measure, deduplicate and curate image sets",
         description="Prepare and examine image sets. Every tool prints one JSON object last, and"
         " the same command continues after an interruption.",
     )
@@ -38,6 +39,7 @@ def add_commands(commands: SubCommands) -> None:
     _add_inspect(tools)
     _add_stats(tools)
     _add_deduplicate(tools)
+    add_curation(tools)
 
 
 def _tool(

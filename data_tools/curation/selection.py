@@ -52,15 +52,15 @@ class Places:
         self._root: str | None = None  # of names below a folder
         if images is not None and (self.of_shards or os.path.isabs(first)):
             raise DataError(
-                f"--images {images}: the names of these images are absolute, such as {first}; the"
-                " option is for embeddings of a folder"
+                f"--image-root {images}: the names of these images are absolute, such as {first};"
+                " the option is for embeddings of a folder"
             )
         if not os.path.isabs(first):
             root = os.path.abspath(os.path.expanduser(images or spec))
             if not os.path.exists(os.path.join(root, first)):
                 raise DataError(
                     f"{first} of {embeddings.path} is not in {root}. Name the folder of the images"
-                    " with --images"
+                    " with --image-root"
                 )
             # As `deduplicate` writes it: what lies below `/./` are the classes of `build-shards`.
             classes = embeddings.class_names is not None

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from dinoscale.cli.embed import add_embed
 from dinoscale.cli.evaluate import add_evaluate
 from dinoscale.cli.launch import add_launch
 from dinoscale.cli.planning import add_planning
-from dinoscale.cli.ranks import load_and_import, require_one_process, tell_others
+from dinoscale.cli.ranks import load_and_import, on_all_ranks, require_one_process, tell_others
 from dinoscale.cli.sweep import add_sweep
 from dinoscale.errors import LaunchError
 from dinoscale.runtime.launcher_env import read_process
@@ -125,9 +126,13 @@ def run(arguments: Sequence[str]) -> bool:
         if error.code and own[:1] and own[0] in _SEVERAL_RANKS:
             tell_others(LaunchError("its command line is wrong, as its output says"))
         raise
-    if options.command in _ONE_PROCESS:
-        require_one_process(options.command)
-    result = options.run(options)
+    run_here = partial(options.run, options)
+    if getattr(options, "several_ranks", False):  # one of a command's tools whose ranks meet
+        result = on_all_ranks(run_here)
+    else:
+        if options.command in _ONE_PROCESS:
+            require_one_process(options.command)
+        result = run_here()
     if result is not None:
         print(json.dumps(result), flush=True)
     return options.command in _RESULT_ON_DISK

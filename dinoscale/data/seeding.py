@@ -16,6 +16,7 @@ class Stream(IntEnum):
     SUBSET = 6
     MASKS = 7
     SIZES = 8
+    CURATION = 9
 
 
 def generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:

@@ -50,8 +50,8 @@ class Permutation:
         a, b = self._sides
         left, right = np.divmod(numbers, b)
         for key_left, key_right in self._keys.reshape(-1, 2):
-            _add(left, _hash(right, key_left), a)
-            _add(right, _hash(left, key_right), b)
+            _add(left, hash64(right, key_left), a)
+            _add(right, hash64(left, key_right), b)
         return left * b + right
 
 
@@ -64,7 +64,7 @@ def _add(numbers: NDArray[np.uint64], hashed: NDArray[np.uint64], side: np.uint6
     np.subtract(numbers, side, out=numbers, where=numbers >= side)
 
 
-def _hash(numbers: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
+def hash64(numbers: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
     """64 well mixed bits of a number and a key."""
     mixed = numbers + key  # modulo 2**64, like all steps here
     mixed ^= mixed >> np.uint64(30)

@@ -155,7 +155,7 @@ def test_images_that_have_moved_are_named_by_their_new_folder(tmp_path: Path) ->
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "0.jpg").write_bytes(jpeg(0))
     embeddings = _of(tmp_path, tmp_path / "old", ["0.jpg"], None)
-    with pytest.raises(DataError, match=r"0\.jpg of .* is not in .*old\. .*--images"):
+    with pytest.raises(DataError, match=r"0\.jpg of .* is not in .*old\. .*--image-root"):
         write_selection(tmp_path / "a.txt", embeddings, np.array([0]), about={})
     out, moved = tmp_path / "a.txt", str(tmp_path / "new")
     write_selection(out, embeddings, np.array([0]), about={}, images=moved)

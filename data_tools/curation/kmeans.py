@@ -1,0 +1,364 @@
+"""k-means on points that need not fit in memory, by one process or all ranks of a job.
+
+Points are read in tiles, of which each rank takes a run. A tile is always the same rows, and sums
+over points are whole numbers (values times a power of two, rounded), so neither the number of ranks
+nor the order of their sums changes a bit of a centroid. Memory: 16 K D bytes for centroids and
+sums, 24 K for counts, 64 MiB for the products of a tile, and some copies of its rows.
+
+Shape letters: N points, K clusters, D width, n rows of a tile, S points of a sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, Protocol, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from dinoscale.data.order.permutation import Permutation
+from dinoscale.evaluate.progress import bar_options
+from dinoscale.runtime import distributed
+
+Start = Literal["kmeans++", "random"]
+
+TILE = 2048  # rows of one product
+MOST_POINTS = 2**32  # a number of a point has 32 bits, see `_Sums.farthest`
+_COLUMNS = 8192  # centroids of one product: with TILE rows 64 MiB of float32
+_BITS = 62  # of a sum; int64 has 63
+_SAMPLE = 16, 2**15  # k-means++ looks at so many points a cluster, and at least so many
+
+
+class Points(Protocol):
+    """Rows of float32 that are read when they are needed."""
+
+    @property
+    def width(self) -> int:
+        """D."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def rows(self, start: int, stop: int) -> NDArray[np.float32]:
+        """The rows start..stop - 1, (n, D)."""
+        ...
+
+    def take(self, numbers: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The rows of these numbers, (n, D)."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """Points in memory, (N, D)."""
+
+    array: NDArray[np.float32]
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.array.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def rows(self, start: int, stop: int) -> NDArray[np.float32]:
+        """As `Points`."""
+        return self.array[start:stop]
+
+    def take(self, numbers: NDArray[np.int64]) -> NDArray[np.float32]:
+        """As `Points`."""
+        return self.array[numbers]
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """Some of other points, by their numbers (N,)."""
+
+    points: Points
+    numbers: NDArray[np.int64]
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.points.width
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def rows(self, start: int, stop: int) -> NDArray[np.float32]:
+        """As `Points`."""
+        return self.points.take(self.numbers[start:stop])
+
+    def take(self, numbers: NDArray[np.int64]) -> NDArray[np.float32]:
+        """As `Points`."""
+        return self.points.take(self.numbers[numbers])
+
+
+@dataclass(frozen=True, eq=False)
+class Iteration:
+    """What one iteration of Lloyd's algorithm gives.
+
+    Attributes:
+        centroids: the new ones, (K, D).
+        inertia: sum of the squared distances to the old ones.
+        num_empty: clusters that no point was nearest to.
+        moved: whether a centroid has changed.
+    """
+
+    centroids: Tensor
+    inertia: float
+    num_empty: int
+    moved: bool
+
+
+def largest_value(points: Points, advance: Callable[[int], None]) -> float:
+    """The largest absolute value of all points; reads them once, and so finds what is not finite.
+
+    Args:
+        points: the points.
+        advance: called with the number of rows after each tile.
+
+    Raises:
+        DataError: as `points` raise it.
+    """
+
+    def largest() -> float:
+        found = 0.0
+        for _, rows in _tiles(points, torch.device("cpu"), advance):
+            found = max(found, float(rows.abs().max()))
+        return found
+
+    return max(distributed.gather_objects(distributed.together(largest)))
+
+
+def first_centroids(
+    points: Points, clusters: int, *, method: Start, rng: np.random.Generator, device: torch.device
+) -> Tensor:
+    """Choose the centroids that Lloyd's algorithm begins with.
+
+    `random` takes K different points. `kmeans++` (Arthur and Vassilvitskii 2007) draws one after
+    another, each with a probability that grows with the squared distance to those before; of
+    2 + log K draws it takes the one that leaves the smallest sum of squared distances. Among more
+    than 16 K points it looks at 16 K of them (at least 32768) drawn at random, 64 K D bytes.
+
+    Args:
+        points: the points, K or more.
+        clusters: K.
+        method: how.
+        rng: draws.
+        device: where to compute.
+
+    Returns:
+        (K, D) float32 on the device.
+    """
+    number = clusters
+    if method == "kmeans++":
+        number = min(len(points), max(_SAMPLE[0] * clusters, _SAMPLE[1]))
+    drawn = Permutation(len(points), rng)(np.arange(number))
+
+    def chosen() -> Tensor:
+        rows = torch.from_numpy(points.take(np.sort(drawn))).to(device)  # (S, D)
+        return rows if method == "random" else _plus_plus(rows, clusters, rng)
+
+    centroids = distributed.together(chosen)
+    distributed.broadcast(centroids)  # the ranks may have devices of two kinds
+    return centroids
+
+
+def _plus_plus(rows: Tensor, clusters: int, rng: np.random.Generator) -> Tensor:
+    """Rows (K, D) of a sample (S, D)."""
+    draws = torch.from_numpy(rng.random((clusters, 2 + int(math.log(clusters)))))
+    squares = rows.square().sum(dim=1)
+    whole = _whole_numbers(4 * float(squares.max()), len(rows))  # |x - y|^2 <= 4 max |x|^2
+    chosen = [int(draws[0, 0] * len(rows))]
+    left = _squared_distances(rows, squares, chosen)[0]  # to the nearest of the chosen, (S,)
+    bar = tqdm(total=clusters - 1, desc="kmeans++", **bar_options(shown=distributed.rank() == 0))
+    with bar:
+        for draw in draws[1:]:
+            sums = whole(left).cumsum(dim=0)
+            below = (draw * int(sums[-1])).long().to(rows.device)
+            tried = torch.searchsorted(sums, below, right=True).clamp_(max=len(rows) - 1)
+            lefts = _squared_distances(rows, squares, tried.tolist()).minimum(left)
+            best = int(whole(lefts).sum(dim=1).argmin())
+            left = lefts[best]
+            chosen.append(int(tried[best]))
+            bar.update()
+    return rows[chosen]
+
+
+def _squared_distances(rows: Tensor, squares: Tensor, chosen: list[int]) -> Tensor:
+    """Of some rows to all, (C, S); a row's own is exactly 0."""
+    products = torch.addmm(squares, rows[chosen], rows.T, alpha=-2)
+    distances = (products + squares[chosen, None]).clamp_(min=0)
+    distances[torch.arange(len(chosen)), chosen] = 0
+    return distances
+
+
+def _whole_numbers(largest: float, number: int) -> Callable[[Tensor], Tensor]:
+    """Maps values up to `largest` to int64, of which `number` can be added."""
+    factor = _factor(largest, number)
+    return lambda values: (values.double() * factor).round_().long()
+
+
+def _factor(largest: float, number: int) -> float:
+    """The power of two by which values are multiplied."""
+    exponent = math.floor(_BITS - math.log2(number) - math.log2(max(largest, 2.0**-126)))
+    return 2.0**exponent
+
+
+def lloyd(
+    points: Points, centroids: Tensor, *, largest: float, advance: Callable[[int], None]
+) -> Iteration:
+    """Move every centroid to the mean of the points that it is nearest to (Lloyd 1982).
+
+    A centroid without points moves to a point: of the points that are farthest from their centroid
+    within each cluster, those with the largest distances, to one empty cluster each.
+
+    Args:
+        points: the points.
+        centroids: (K, D) float32, equal on all ranks.
+        largest: `largest_value` of the points.
+        advance: called with the number of rows after each tile.
+
+    Raises:
+        DataError: as `points` raise it, on all ranks.
+    """
+    sums = _Sums.zero(centroids)
+    factor = _factor(largest, len(points))
+    inertias = distributed.together(partial(_add_tiles, sums, points, centroids, factor, advance))
+    distributed.all_reduce_sum(sums.values)
+    distributed.all_reduce_sum(sums.counts)
+    distributed.all_reduce_max(sums.farthest)
+    means = sums.values.double() / (factor * sums.counts[:, None])
+    empty = sums.counts == 0
+    moved = torch.where(empty[:, None], centroids, means.float())
+    # One of several clusters around one point stays empty: nothing is left that could fill it.
+    sources = sums.farthest[(sums.counts > 1) & (sums.farthest >= MOST_POINTS)]
+    numbers = (sources.sort(descending=True).values % MOST_POINTS)[: int(empty.sum())]
+    if len(numbers):
+        filling = distributed.together(lambda: points.take(numbers.cpu().numpy()))
+        moved[empty.nonzero()[: len(numbers), 0]] = torch.from_numpy(filling).to(moved)
+    return Iteration(
+        moved,
+        math.fsum(value for part in distributed.gather_objects(inertias) for value in part),
+        int(empty.sum()),
+        not torch.equal(moved, centroids),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Sums:
+    """Of the points of each cluster, int64.
+
+    Attributes:
+        values: times a factor, (K, D).
+        counts: (K,).
+        farthest: the point farthest from the centroid: the bits of its squared distance, which are
+            ordered as the distance is, times 2^32, plus its number; -1 without points; (K,).
+    """
+
+    values: Tensor
+    counts: Tensor
+    farthest: Tensor
+
+    @classmethod
+    def zero(cls, centroids: Tensor) -> _Sums:
+        counts = torch.zeros(len(centroids), dtype=torch.int64, device=centroids.device)
+        return cls(torch.zeros_like(centroids, dtype=torch.int64), counts, counts - 1)
+
+    def add(self, rows: Tensor, first: int, near: Tensor, distances: Tensor, factor: float) -> None:
+        """Add a tile: rows (n, D), their clusters and squared distances (n,)."""
+        self.counts.index_add_(0, near, torch.ones_like(near))
+        self.values.index_add_(0, near, (rows.double() * factor).round_().long())
+        numbers = torch.arange(first, first + len(rows), device=rows.device)
+        keys = distances.view(torch.int32).long() * MOST_POINTS + numbers
+        self.farthest.scatter_reduce_(0, near, keys, "amax")
+
+
+def _add_tiles(
+    sums: _Sums,
+    points: Points,
+    centroids: Tensor,
+    factor: float,
+    advance: Callable[[int], None],
+) -> list[float]:
+    """Add the tiles of this rank; return the sum of squared distances of each."""
+    squares = centroids.square().sum(dim=1)
+    inertias = []
+    for first, rows in _tiles(points, centroids.device, advance):
+        near, distances = _nearest(rows, centroids, squares)
+        sums.add(rows, first, near, distances, factor)
+        inertias.append(float(distances.double().sum()))
+    return inertias
+
+
+def assign(
+    points: Points, centroids: Tensor, advance: Callable[[int], None]
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """The nearest centroid of each point, the first of equal ones, and the squared distance.
+
+    Args:
+        points: the points.
+        centroids: (K, D) float32, equal on all ranks.
+        advance: called with the number of rows after each tile.
+
+    Returns:
+        Numbers of clusters (N,) and squared distances (N,), on every rank, 8 N bytes.
+
+    Raises:
+        DataError: as `points` raise it, on all ranks.
+    """
+    squares = centroids.square().sum(dim=1)
+
+    def of_rank() -> tuple[Tensor, Tensor]:
+        near, distances = [torch.empty(0, dtype=torch.int32)], [torch.empty(0)]
+        for _, rows in _tiles(points, centroids.device, advance):
+            some = _nearest(rows, centroids, squares)
+            near.append(some[0].int().cpu())
+            distances.append(some[1].cpu())
+        return torch.cat(near), torch.cat(distances)
+
+    labels, squared = distributed.together(of_rank)
+    return (
+        distributed.gather_rows(labels).numpy(),
+        distributed.gather_rows(squared).numpy(),
+    )
+
+
+def _tiles(
+    points: Points, device: torch.device, advance: Callable[[int], None]
+) -> Iterator[tuple[int, Tensor]]:
+    """Number of the first row, and rows (n, D), of the tiles of this rank."""
+    tiles = -(-len(points) // TILE)
+    rank, ranks = distributed.rank(), distributed.world_size()
+    for tile in range(tiles * rank // ranks, tiles * (rank + 1) // ranks):
+        first, stop = tile * TILE, min(len(points), (tile + 1) * TILE)
+        rows = np.ascontiguousarray(points.rows(first, stop))
+        yield first, torch.from_numpy(rows).to(device)
+        advance(stop - first)
+
+
+def _nearest(rows: Tensor, centroids: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest centroid of each row, (n,) int64, and the squared distance to it, (n,)."""
+    # |x - c|^2 = |x|^2 + |c|^2 - 2 x c, where |x|^2 does not change which is nearest.
+    least, near = _least(rows, centroids[:_COLUMNS], squares[:_COLUMNS])
+    for first in range(_COLUMNS, len(centroids), _COLUMNS):
+        some = slice(first, first + _COLUMNS)
+        value, index = _least(rows, centroids[some], squares[some])
+        nearer = value < least
+        least = torch.where(nearer, value, least)
+        near = torch.where(nearer, index + first, near)
+    # From the difference, since the form above loses the digits of a small distance.
+    return near, (rows - centroids[near]).square().sum(dim=1)
+
+
+def _least(rows: Tensor, centroids: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+    found = torch.addmm(squares, rows, centroids.T, alpha=-2).min(dim=1)
+    return cast("tuple[Tensor, Tensor]", (found.values, found.indices))
