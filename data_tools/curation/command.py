@@ -123,8 +123,9 @@ def _add_balance(tools: SubCommands) -> None:
         "Choose images evenly over clusters: the number is split equally over the top clusters,\n"
         "each share equally over the clusters below it, and so on; a cluster smaller than its\n"
         "share gives all its images, and the others share the rest. Writes a list for data.train\n"
-        "(a picture in a shard as shard.tar::member, for `dinoscale data build-shards`), and a JSON\n"
-        "with settings, checksums, and the entropy over clusters and classes before and after.",
+        "(of pictures in shards, shard.tar::member, one for `dinoscale data build-shards`), and a\n"
+        "JSON with settings, checksums, and the entropy over clusters and classes before and\n"
+        "after.",
         short="choose images evenly over clusters, as a list to train on",
         example="dinoscale data balance clusters/ balanced.txt --images 100000\n"
         "  dinoscale train vit_s16 data.train=balanced.txt",

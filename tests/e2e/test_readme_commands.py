@@ -82,6 +82,8 @@ MORE: dict[str, list[str]] = {
     "data dataset-stats": ["--workers", "1"],
     "data deduplicate": ["--workers", "1"],
     "data synthetic": ["--images", "8", "--workers", "1"],
+    "data cluster": shlex.split("--levels 6 2 --iterations 2 --resampling 1"),
+    "data balance": ["--images", "16"],
 }
 
 

@@ -83,6 +83,8 @@ _WITHOUT_TORCH = (
     "data inspect-shards missing",
     "data dataset-stats missing",
     "data deduplicate missing --weights w.safetensors",
+    "data cluster --help",
+    "data balance missing chosen.txt --images 3",
 )
 _SETS = "--train a --test b"
 _WITH_TORCH = (

@@ -1,0 +1,53 @@
+"""Clusters made by several ranks equal those of one process bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_tools.curation.hierarchy import ClusterOptions, cluster
+from data_tools.curation.kmeans import TILE
+from dinoscale.errors import DataError
+from tests.harness import run_distributed
+from tests.unit.data_tools.tiny_features import write_features
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
+
+OPTIONS = ClusterOptions(levels=(12, 3), iterations=3, resampling=(1,))
+
+
+def of_rank(features: str, outs: list[str]) -> list[str]:
+    """Cluster into each folder; what went wrong."""
+    wrong = []
+    for folder, out in zip(features.split(), outs, strict=True):
+        try:
+            cluster(Path(folder), Path(out), OPTIONS)
+            wrong.append("")
+        except DataError as error:
+            wrong.append(str(error))
+    return wrong
+
+
+def test_ranks_share_the_images_and_a_failure_of_one_reaches_all(tmp_path: Path) -> None:
+    """Three ranks have the tiles of two, so one has none; the last tile is not whole."""
+    rows = np.random.default_rng(0).normal(size=(TILE + 50, 4)).astype(np.float32)
+    good = write_features(tmp_path / "good", {"cls": rows}, shard_size=700)
+    rows[-1, 0] = np.inf
+    bad = write_features(tmp_path / "bad", {"cls": rows}, shard_size=700)
+    one = tmp_path / "one"
+    cluster(good, one, OPTIONS)
+    outs = [str(tmp_path / "three"), str(tmp_path / "none")]
+    found = run_distributed(
+        "tests.distributed.test_cluster:of_rank",
+        world_size=3,
+        timeout_s=60,
+        features=f"{good} {bad}",
+        outs=outs,
+    )
+    for path in one.glob("*.npy"):
+        assert (tmp_path / "three" / path.name).read_bytes() == path.read_bytes(), path.name
+    for first, second in found:
+        assert not first
+        assert f"{TILE + 49:05d}.jpg (row {TILE + 49}) are not finite" in second
