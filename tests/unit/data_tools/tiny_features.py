@@ -1,8 +1,9 @@
-"""Folders of features as `dinoscale embed` writes them, with rows of a test."""
+"""Folders of features as `dinoscale embed` writes them, with rows of a test or a benchmark."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,15 @@ from numpy.typing import NDArray
 from dinoscale.evaluate.embedding.array_file import ArrayFile
 from dinoscale.evaluate.embedding.folder import FORMAT, FeatureFolder
 from dinoscale.runtime.outputs import sha256
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some images: features by name, (n, D) or (n, P, D) each, names, and labels."""
+
+    features: Mapping[str, NDArray[Any]]
+    names: Sequence[str]
+    labels: Sequence[int] | None = None
 
 
 def write_features(
@@ -23,33 +33,53 @@ def write_features(
     spec: str = "images",
     shard_size: int = 64,
 ) -> Path:
-    """Write features by name, (N, D) or (N, P, D) each, in shards; names are 00000.jpg, ..."""
+    """Write the features of a set in shards; names are 00000.jpg, ... unless given."""
     number = len(next(iter(features.values())))
     names = names or [f"{i:05d}.jpg" for i in range(number)]
-    folder = FeatureFolder(out, num_shards=-(-number // shard_size))
-    settings = {"data": {"identity": f"of {spec}", "images": number}}
+
+    def blocks() -> Iterator[Block]:
+        for start in range(0, number, shard_size):
+            some = slice(start, start + shard_size)
+            here = {name: rows[some] for name, rows in features.items()}
+            yield Block(here, names[some], None if labels is None else labels[some])
+
+    return write_blocks(
+        out, blocks(), num_blocks=-(-number // shard_size), spec=spec, classes=classes
+    )
+
+
+def write_blocks(
+    out: Path,
+    blocks: Iterable[Block],
+    *,
+    num_blocks: int,
+    spec: str = "images",
+    classes: Sequence[str] | None = None,
+) -> Path:
+    """Write a shard for each block, which are taken one by one."""
+    folder = FeatureFolder(out, num_shards=num_blocks)
+    settings = {"data": {"identity": f"of {spec}"}}
     folder.begin(settings)
-    for shard in range(folder.num_shards):
-        some = slice(shard * shard_size, min(number, (shard + 1) * shard_size))
+    number, last = 0, None
+    for shard, block in enumerate(blocks):
         record: dict[str, Any] = {
-            "first": some.start,
-            "stop": some.stop,
-            "images": [*names[some]],
-            "sizes": [[40, 40]] * len(names[some]),
-            **({} if labels is None else {"labels": [*labels[some]]}),
+            "first": number,
+            "stop": number + len(block.names),
+            "images": [*block.names],
+            "sizes": [[40, 40]] * len(block.names),
+            **({} if block.labels is None else {"labels": [*block.labels]}),
             "unreadable": [],
             "arrays": {},
         }
-        for name, rows in features.items():
+        for name, rows in block.features.items():
             path = folder.array(name, shard)
             with ArrayFile(path, dtype=rows.dtype, row_shape=rows.shape[1:]) as file:
-                file.append(rows[some])
-            record["arrays"][name] = {
-                "file": path.name,
-                "bytes": path.stat().st_size,
-                "sha256": sha256(path),
-            }
+                file.append(rows)
+            about = {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
+            record["arrays"][name] = about
         folder.add(shard, record)
+        number, last = number + len(block.names), block
+    assert last is not None
     folder.finish(
         {
             "format": FORMAT,
@@ -57,8 +87,8 @@ def write_features(
             "data": {"spec": spec, "left_out": {}},
             "images": number,
             "features": {
-                name: {"dtype": rows.dtype.name, "shape": [*rows.shape]}
-                for name, rows in features.items()
+                name: {"dtype": rows.dtype.name, "shape": [number, *rows.shape[1:]]}
+                for name, rows in last.features.items()
             },
             "classes": None if classes is None else [*classes],
             "unreadable": [],
