@@ -66,7 +66,7 @@ def balance(
 ) -> Json:
     """Choose images evenly over the clusters, and write them as a list that `data.train` takes.
 
-    Memory: 40 bytes an image, and the names of a few thousand.
+    Memory: 64 bytes an image, and the names of a few thousand.
 
     Args:
         clusters: folder that `cluster` has written.

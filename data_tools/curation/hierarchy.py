@@ -306,10 +306,11 @@ def _kmeans(
         done = iterations == job.options.iterations or not after.moved
         kept = State(level, step, iterations, done, centroids.cpu().numpy())
         _on_first(job, partial(job.folder.keep, kept))
-        log.info(
-            "level %d, step %d, iteration %d: mean squared distance %.6g, %d empty clusters",
-            *(level, step, iterations, after.inertia / len(points), after.num_empty),
-        )
+        if done:
+            log.info(
+                "level %d, step %d: mean squared distance %.6g after %d iterations",
+                *(level, step, after.inertia / len(points), iterations),
+            )
     return centroids
 
 

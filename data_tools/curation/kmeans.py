@@ -236,9 +236,10 @@ def lloyd(
     distributed.all_reduce_sum(sums.values)
     distributed.all_reduce_sum(sums.counts)
     distributed.all_reduce_max(sums.farthest)
-    means = sums.values.double() / (factor * sums.counts[:, None])
     empty = sums.counts == 0
-    moved = torch.where(empty[:, None], centroids, means.float())
+    moved = centroids.clone()
+    for some in (~empty).nonzero()[:, 0].split(_COLUMNS):  # a float64 copy of all would be as much
+        moved[some] = (sums.values[some].double() / (factor * sums.counts[some, None])).float()
     # One of several clusters around one point stays empty: nothing is left that could fill it.
     sources = sums.farthest[(sums.counts > 1) & (sums.farthest >= MOST_POINTS)]
     numbers = (sources.sort(descending=True).values % MOST_POINTS)[: int(empty.sum())]
