@@ -36,10 +36,10 @@ def _nothing(_: int) -> None:
     """No progress."""
 
 
-def _trained(rows: NDArray[np.float32], clusters: int, *, start: str = "kmeans++") -> float:
+def _trained(rows: NDArray[np.float32], clusters: int, *, seed: int) -> float:
     """Inertia of k-means."""
-    points, rng = Held(rows), np.random.default_rng(0)
-    centroids = first_centroids(points, clusters, method=start, rng=rng, device=CPU)  # type: ignore[arg-type]  # a test's text
+    points, rng = Held(rows), np.random.default_rng(seed)
+    centroids = first_centroids(points, clusters, method="kmeans++", rng=rng, device=CPU)
     for _ in range(50):
         after = lloyd(points, centroids, largest=float(np.abs(rows).max()), advance=_nothing)
         centroids = after.centroids
@@ -49,9 +49,11 @@ def _trained(rows: NDArray[np.float32], clusters: int, *, start: str = "kmeans++
 
 
 def test_inertia_is_that_of_scikit_learn() -> None:
+    """Best of four starts: one start in two, of either, takes two neighbouring blobs for one."""
     rows = _blobs(10_000, 40)
-    theirs = KMeans(40, n_init=1, max_iter=50, random_state=0).fit(rows).inertia_
-    assert _trained(rows, 40) <= 1.01 * theirs
+    theirs = KMeans(40, n_init=4, max_iter=50, random_state=0).fit(rows).inertia_
+    ours = min(_trained(rows, 40, seed=seed) for seed in range(4))
+    assert ours == pytest.approx(theirs, rel=0.01)
 
 
 def test_an_iteration_is_that_of_scikit_learn() -> None:
