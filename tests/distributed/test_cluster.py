@@ -15,7 +15,7 @@ from tests.unit.data_tools.tiny_features import write_features
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
 
-OPTIONS = ClusterOptions(levels=(12, 3), iterations=3, resampling=(1,))
+OPTIONS = ClusterOptions(levels=(12,), iterations=2, resampling=(1,))
 
 
 def of_rank(good: str, bad: str, out: str) -> str:

@@ -169,17 +169,17 @@ class _Disk:
 def test_a_killed_clustering_goes_on_to_the_same_bytes(
     clustered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed at every other file that it writes, in turn before and after it is in place."""
+    """Killed at some of the next files that it writes, in turn before and after it is in place."""
     out, killed = tmp_path / "out", 0
     while not (out / "manifest.json").exists():
         with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", _Disk(left=4, before=killed % 2 == 0))
+            patch.setattr(os, "replace", _Disk(left=4 + killed % 5, before=killed % 2 == 0))
             try:
                 cluster(clustered / "features", out, SMALL)
             except _Killed:
                 killed += 1
     cluster(clustered / "features", out, SMALL)
-    assert killed > 15
+    assert killed > 10
     assert _bytes(out) == _bytes(clustered / "out")
 
 
