@@ -215,7 +215,7 @@ def entropies(
 def _entropies(numbers: NDArray[np.int64], counts: NDArray[np.int64]) -> dict[str, float]:
     known = numbers >= 0
     before = np.bincount(numbers[known])
-    after = np.bincount(numbers[known], weights=counts[known])
+    after = np.bincount(np.repeat(numbers[known], counts[known]))
     return {
         "before": _entropy(before),
         "after": _entropy(after),
@@ -223,6 +223,6 @@ def _entropies(numbers: NDArray[np.int64], counts: NDArray[np.int64]) -> dict[st
     }
 
 
-def _entropy(sizes: NDArray[np.generic]) -> float:
+def _entropy(sizes: NDArray[np.int64]) -> float:
     p = sizes[sizes > 0] / sizes.sum()
     return float(-(p * np.log(p)).sum())

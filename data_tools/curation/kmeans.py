@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol, cast
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -63,7 +63,7 @@ class Held:
     @property
     def width(self) -> int:
         """D."""
-        return self.array.shape[1]
+        return int(self.array.shape[1])
 
     def __len__(self) -> int:
         return len(self.array)
@@ -362,4 +362,4 @@ def _nearest(rows: Tensor, centroids: Tensor, squares: Tensor) -> tuple[Tensor, 
 
 def _least(rows: Tensor, centroids: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
     found = torch.addmm(squares, rows, centroids.T, alpha=-2).min(dim=1)
-    return cast("tuple[Tensor, Tensor]", (found.values, found.indices))
+    return found.values, found.indices
