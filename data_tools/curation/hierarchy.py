@@ -142,8 +142,7 @@ def cluster(embeddings: Path, out: Path, options: ClusterOptions) -> Json:
     try:
         about = _on_first(job, lambda: job.folder.begin(_work(points, options)))
         if about is None:
-            if job.folder.state() is None and job.folder.level(1) is None:
-                _on_first(job, points.verify)
+            _on_first(job, partial(_verify_once, job.folder, points))
             with _enough_memory():
                 about = _levels(job, points)
     finally:
@@ -172,6 +171,12 @@ def _work(points: Embeddings, options: ClusterOptions) -> dict[str, object]:
         command=asdict(options),
         code=code_fingerprint(__name__),
     )
+
+
+def _verify_once(folder: ClusterFolder, points: Embeddings) -> None:
+    """Compare the checksums of the embeddings, unless a clustering of them has begun."""
+    if folder.state() is None and folder.level(1) is None:
+        points.verify()
 
 
 def _on_first(job: _Job, work: Callable[[], T]) -> T:
@@ -208,19 +213,19 @@ def _levels(job: _Job, images: Embeddings) -> Json:
                 f" the {asked} of level {number}: the embeddings hold too many equal images. Ask"
                 " for fewer clusters"
             )
-        level = distributed.together(partial(job.folder.level, number))
-        if level is None:
+        kept = _on_first(job, partial(_kept, job.folder, number))
+        if kept is None:
             level = _cluster_level(job, points, number)
-            _on_first(job, partial(job.folder.add, number, level))
-        levels.append(level.about)
-        points = Held(level.centroids)
+            kept = _on_first(job, partial(_added, job.folder, number, level))
+        about, centroids = kept
+        levels.append(about)
+        points = Held(centroids)
 
     def finish() -> Json:
-        records = [found for i in range(len(levels)) if (found := job.folder.level(i + 1))]
         about = {
             "levels_asked": [*job.options.levels],
             "images": len(images),
-            "levels": [record.about for record in records],
+            "levels": levels,
             "embeddings": {
                 "path": str(images.path.resolve()),
                 "digest": images.digest,
@@ -237,10 +242,24 @@ def _levels(job: _Job, images: Embeddings) -> Json:
     return _on_first(job, finish)
 
 
+def _kept(folder: ClusterFolder, number: int) -> tuple[Json, NDArray[np.float32]] | None:
+    """Record and centroids of a finished level."""
+    level = folder.level(number)
+    return None if level is None else (level.about, level.centroids)
+
+
+def _added(folder: ClusterFolder, number: int, level: Level) -> tuple[Json, NDArray[np.float32]]:
+    """Write a level; its record, which has the names of the files, and its centroids."""
+    folder.add(number, level)
+    kept = _kept(folder, number)
+    assert kept is not None
+    return kept
+
+
 def _cluster_level(job: _Job, points: Points, number: int) -> Level:
     """k-means, and k-means on resampled points, from where an earlier start has stopped."""
     clusters, steps = job.options.levels[number - 1], job.options.steps(number)
-    state = distributed.together(job.folder.state)
+    state = _on_first(job, job.folder.state)
     if state is not None and state.level != number:
         state = None
     first = 0 if state is None else state.step
@@ -323,7 +342,7 @@ def _resampled(
     advance: Callable[[int], None],
 ) -> Chosen | None:
     """The points closest to each centroid of the step before; None if too few differ."""
-    numbers = distributed.together(partial(job.folder.sample, level, step))
+    numbers = _on_first(job, partial(job.folder.sample, level, step))
     if numbers is None:
         assert centroids is not None
         labels, squared = assign(points, centroids, advance)
