@@ -127,6 +127,16 @@ class Embeddings:
                 found[place] = images[int(numbers[place] - self._starts[number])]
         return found
 
+    def pixels(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Height times width of the images of these rows, (n,)."""
+        found = np.empty(len(numbers), dtype=np.int64)
+        shard_of = np.searchsorted(self._starts, numbers, side="right") - 1
+        for number in np.unique(shard_of).tolist():
+            here = np.flatnonzero(shard_of == number)
+            sizes = np.array(self._record(number)["sizes"], dtype=np.int64)
+            found[here] = sizes[numbers[here] - self._starts[number]].prod(axis=1)
+        return found
+
     @cached_property
     def labels(self) -> NDArray[np.int64] | None:
         """Class numbers (N,), -1 where unknown; None for a set without classes."""

@@ -69,7 +69,9 @@ b.ok { color: #276b2b; } b.warning { color: #8a5a00; } b.problem { color: #a11; 
 h3 { font-size: 1em; margin: 1.4em 0 .3em; } ul { margin: .3em 0; padding-left: 1.4em; }
 th.text, td.text { text-align: left; max-width: 45em; overflow-wrap: anywhere; }
 th.name { min-width: 10em; max-width: 17em; overflow-wrap: anywhere; }
-figcaption { max-width: 34em; } td small { white-space: nowrap; }
+figcaption { max-width: 34em; }
+figure.example { width: 8em; margin: .2em .6em .6em 0; }
+figure.example figcaption { font-size: .75em; } td small { white-space: nowrap; }
 p.warning { color: #a11; }
 .answer, p { overflow-wrap: anywhere; }
 .answer { border-left: .4em solid; background: #f7f7f7; padding: .6em 1.2em; margin: 1em 0; }
@@ -183,6 +185,16 @@ def plot_figure(plot: Plot, note: str = "") -> Element:
 def picture_figure(png: bytes, caption: str) -> Element:
     """A picture in a page, with its caption below it."""
     return _figure("png", png, caption, caption)
+
+
+def photograph_figure(jpeg: bytes | None, caption: str) -> Element:
+    """A small photograph among others of a page, with its caption; None leaves its place empty."""
+    if jpeg is None:
+        figure = element("figure", element("figcaption", f"(no picture) {caption}"))
+    else:
+        figure = _figure("jpeg", jpeg, caption, caption)
+    figure.set("class", "example")
+    return figure
 
 
 def _figure(kind: str, content: bytes, alt: str, caption: str) -> Element:

@@ -28,12 +28,14 @@ LEVELS: list[set[str]] = [
     {"cluster"},
     {"training"},
     {"planning"},
-    {"data_tools", "reports"},
+    {"reports"},
+    {"data_tools"},
     {"scaling", "recipe"},
     {"cli"},
     {"__main__"},
 ]
 DATA_TOOLS_READ = {"errors", "runtime", "data", "convert", "evaluate"}  # nothing of a training
+CURATION_READS = {*DATA_TOOLS_READ, "reports"}  # its pages
 LEAVES = {"data", "models", "losses"}  # take tensors and numbers, never a config
 ONLY_IN = {
     "deepspeed": ("engine/",),
@@ -115,6 +117,14 @@ def test_data_tools_need_neither_config_nor_engine() -> None:
         assert not heavy, (path.name, heavy)
 
 
+def test_curation_needs_torch_and_pages_besides() -> None:
+    for path in sorted((DATA_TOOLS / "curation").glob("*.py")):
+        parts = {_part(name) for name, _ in _imports(path)} - {"", "data_tools"}
+        assert parts <= CURATION_READS, (path.name, parts)
+        heavy = {name.split(".")[0] for name, _ in _imports(path)} & {*ONLY_IN}
+        assert not heavy, (path.name, heavy)
+
+
 def test_cores_are_counted_in_one_place() -> None:
     for path in [*_files(), *DATA_TOOLS.rglob("*.py")]:
         found = re.findall("cpu_count|sched_getaffinity", path.read_text())
@@ -170,7 +180,7 @@ def test_every_library_is_a_declared_dependency() -> None:
     text = (PACKAGE.parent / "pyproject.toml").read_text()
     declared = {name.lower() for name in re.findall(r'^  "([\w-]+)[>=\[]', text, re.MULTILINE)}
     declared |= set(re.findall(r'"([\w-]+)>=', text))
-    called = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}
+    called = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "faiss": "faiss-cpu"}
     called["pydantic_core"] = "pydantic"  # of one version, pinned by it
     own = {"dinoscale", "data_tools", "_typeshed", *sys.stdlib_module_names}
     files = [*_files(), *DATA_TOOLS.rglob("*.py")]

@@ -1,0 +1,156 @@
+"""A search in pieces: over the ranks of a job, on a bar, continued after an interruption."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from data_tools.curation.approximate import InvertedLists
+from data_tools.curation.embeddings import Embeddings
+from data_tools.curation.neighbours import Neighbours, nearest, rescored
+from data_tools.journal import Journal, Json
+from dinoscale.errors import DataError
+from dinoscale.runtime import distributed
+
+S = TypeVar("S", bound=np.generic)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How neighbours are searched.
+
+    Attributes:
+        block: queries at a time, which are also a piece of finished work.
+        device: where products are computed.
+        approximate: look into the lists of faiss instead of comparing all pairs.
+    """
+
+    block: int
+    device: torch.device
+    approximate: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a number out of range."""
+        if self.block < 1:
+            raise DataError(f"--block {self.block}: need at least one row")
+
+    @property
+    def settings(self) -> Json:
+        """What pieces of finished work depend on besides the embeddings."""
+        return {"block": self.block, "approximate": self.approximate}
+
+
+class Searched:
+    """Embeddings in which neighbours are searched; lists of faiss are made at the first search.
+
+    Args:
+        base: the embeddings.
+        way: how.
+    """
+
+    def __init__(self, base: Embeddings, way: Way) -> None:
+        self.base, self._way = base, way
+        self._lists: InvertedLists | None = None
+
+    def nearest(
+        self, queries: Embeddings, span: range, *, k: int, at_least: float = -2.0
+    ) -> Neighbours:
+        """As `neighbours.nearest`, of candidates only where the search is approximate."""
+        if not self._way.approximate:
+            return nearest(
+                queries, self.base, span, k=k, at_least=at_least, device=self._way.device
+            )
+        if self._lists is None:
+            self._lists = InvertedLists(self.base)
+        own = int(queries is self.base)  # a query finds itself, too
+        rows = self._lists.candidates(queries.rows(span.start, span.stop), k + own)
+        return rescored(queries, self.base, span, rows, k=k, at_least=at_least)
+
+
+@contextmanager
+def journal_beside(out: Path, work: object) -> Iterator[Journal | None]:
+    """The journal of a list that will be written, `OUT.state`; None on all ranks but the first.
+
+    It is removed at the end of the block, in which the list is written.
+
+    Raises:
+        DataError: it cannot be written, on every rank.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def enter() -> Journal | None:
+            if distributed.rank():
+                return None
+            return stack.enter_context(Journal(out.with_name(out.name + ".state"), work))
+
+        journal = distributed.together(enter)
+        yield journal
+        if journal is not None:
+            journal.finish()
+
+
+def in_turns(
+    find: Callable[[int], Json],
+    sizes: Sequence[int],
+    journal: Journal | None,
+    *,
+    progress: bool = True,
+) -> list[Json]:
+    """The result of every piece, in order, done now or before an interruption; all ranks call it.
+
+    In each turn every rank takes one of the pieces that are left.
+
+    Args:
+        find: number of a piece -> its result; the same on every rank.
+        sizes: images of each piece.
+        journal: of the first rank.
+        progress: show a bar.
+
+    Returns:
+        The results on the first rank, none on the others.
+
+    Raises:
+        DinoscaleError: a piece failed on a rank, on all.
+    """
+    world, rank = distributed.world_size(), distributed.rank()
+    known = dict(journal.done) if journal is not None else {}
+    done = distributed.broadcast_object(sorted(known))
+    left = sorted({*range(len(sizes))} - {*done})
+    with tqdm(total=sum(sizes), unit="img", disable=None if progress and not rank else True) as bar:
+        bar.update(sum(sizes[number] for number in done))
+        for first in range(0, len(left), world):
+            turn = left[first : first + world]
+            mine = partial(find, turn[rank]) if rank < len(turn) else dict
+            results = distributed.gather_objects(distributed.together(mine))
+            for number, result in zip(turn, results, strict=False):
+                if journal is not None:
+                    journal.add(number, result)
+                    known[number] = result
+                bar.update(sizes[number])
+    return [known[number] for number in range(len(sizes))] if journal is not None else []
+
+
+def spans_of(number: int, block: int) -> list[range]:
+    """Rows in runs of a block."""
+    return [range(start, min(start + block, number)) for start in range(0, number, block)]
+
+
+def packed(array: NDArray[np.generic]) -> str:
+    """An array as text for a journal."""
+    return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
+
+
+def unpacked(text: str, dtype: type[S]) -> NDArray[S]:
+    """The array in a text of `packed`, one-dimensional."""
+    return np.frombuffer(base64.b64decode(text), dtype=dtype)
