@@ -1,29 +1,41 @@
-"""A search in pieces: over the ranks of a job, on a bar, continued after an interruption."""
+"""A search in pieces: over the ranks of a job, on a bar, continued after an interruption.
+
+Where all pairs take too long, candidates come from the inverted lists of faiss: rows are sorted
+into lists by the nearest of some centroids, and a query looks into those of the centroids nearest
+to it. What is found gets its exact cosine; what is not found is missing.
+
+Shape letters: N rows that are searched, Q queries, D width, k neighbours.
+"""
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data_tools.curation.approximate import InvertedLists
 from data_tools.curation.embeddings import Embeddings
 from data_tools.curation.neighbours import Neighbours, nearest, rescored
 from data_tools.journal import Journal, Json
-from dinoscale.errors import DataError
+from dinoscale.errors import ConfigError, DataError
 from dinoscale.runtime import distributed
 
 S = TypeVar("S", bound=np.generic)
+
+_LISTS = 4  # times sqrt(N), within what faiss recommends (4 to 16)
+_PROBED = 32  # lists that a query looks into
+_TRAINED_ON = 64  # rows for each centroid; faiss warns below 39
+_AT_ONCE = 65536  # rows in memory beside the lists
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,56 @@ class Searched:
         own = int(queries is self.base)  # a query finds itself, too
         rows = self._lists.candidates(queries.rows(span.start, span.stop), k + own)
         return rescored(queries, self.base, span, rows, k=k, at_least=at_least)
+
+
+def require_faiss() -> Any:
+    """The library.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise ConfigError(
+            f"--approximate needs faiss ({error}): pip install 'dinoscale[curation]', or leave the"
+            " option out, which compares all pairs"
+        ) from error
+    return faiss
+
+
+class InvertedLists:
+    """The rows of embeddings in lists, 4 N D bytes in memory.
+
+    Args:
+        embeddings: N rows of width D.
+    """
+
+    def __init__(self, embeddings: Embeddings) -> None:
+        faiss = require_faiss()
+        number = len(embeddings)
+        lists = max(1, min(int(_LISTS * math.sqrt(number)), number // _TRAINED_ON))
+        quantizer = faiss.IndexFlatIP(embeddings.width)
+        self._index = faiss.IndexIVFFlat(
+            quantizer, embeddings.width, lists, faiss.METRIC_INNER_PRODUCT
+        )
+        self._index.nprobe = min(lists, _PROBED)
+        self._index.cp.spherical = True  # its seed is a constant
+        self._index.train(_spread_rows(embeddings, min(number, lists * _TRAINED_ON)))
+        for span in spans_of(number, _AT_ONCE):
+            self._index.add(embeddings.rows(span.start, span.stop))
+
+    def candidates(self, queries: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+        """Rows near each query (Q, D), in no certain order, (Q, k); -1 where there are fewer."""
+        _, rows = self._index.search(queries, k)
+        found: NDArray[np.int64] = rows
+        return found
+
+
+def _spread_rows(embeddings: Embeddings, number: int) -> NDArray[np.float32]:
+    """So many rows, the same every time, drawn from all."""
+    chosen = np.random.default_rng(0).choice(len(embeddings), number, replace=False, shuffle=False)
+    return embeddings.take(np.sort(chosen).astype(np.int64))
 
 
 @contextmanager

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from data_tools.curation import neighbours
-from data_tools.curation.approximate import InvertedLists
 from data_tools.curation.embeddings import Embeddings, open_embeddings
 from data_tools.curation.neighbours import Neighbours, nearest, require_comparable, rescored
+from data_tools.curation.search import InvertedLists
 from dinoscale.errors import ConfigError, DataError
 from tests.unit.data_tools.tiny_features import write_features
 

@@ -16,11 +16,12 @@ from dinoscale.runtime.outputs import sha256
 
 @dataclass(frozen=True)
 class Block:
-    """Some images: features by name, (n, D) or (n, P, D) each, names, and labels."""
+    """Some images: features by name, (n, D) or (n, P, D) each, names, labels, (height, width)s."""
 
     features: Mapping[str, NDArray[Any]]
     names: Sequence[str]
     labels: Sequence[int] | None = None
+    sizes: Sequence[Sequence[int]] | None = None
 
 
 def write_features(
@@ -29,6 +30,7 @@ def write_features(
     *,
     names: Sequence[str] | None = None,
     labels: Sequence[int] | None = None,
+    sizes: Sequence[Sequence[int]] | None = None,
     classes: Sequence[str] | None = None,
     spec: str = "images",
     shard_size: int = 64,
@@ -41,7 +43,12 @@ def write_features(
         for start in range(0, number, shard_size):
             some = slice(start, start + shard_size)
             here = {name: rows[some] for name, rows in features.items()}
-            yield Block(here, names[some], None if labels is None else labels[some])
+            yield Block(
+                here,
+                names[some],
+                None if labels is None else labels[some],
+                None if sizes is None else sizes[some],
+            )
 
     return write_blocks(
         out, blocks(), num_blocks=-(-number // shard_size), spec=spec, classes=classes
@@ -66,7 +73,7 @@ def write_blocks(
             "first": number,
             "stop": number + len(block.names),
             "images": [*block.names],
-            "sizes": [[40, 40]] * len(block.names),
+            "sizes": [*(block.sizes or [[40, 40]] * len(block.names))],
             **({} if block.labels is None else {"labels": [*block.labels]}),
             "unreadable": [],
             "arrays": {},
