@@ -84,6 +84,8 @@ MORE: dict[str, list[str]] = {
     "data synthetic": ["--images", "8", "--workers", "1"],
     "data cluster": shlex.split("--levels 6 2 --iterations 2 --resampling 1"),
     "data balance": ["--images", "16"],
+    # Of an untrained network, whose features are all similar.
+    "data deduplicate-embeddings": shlex.split("--threshold 0.99999 --against-threshold 0.99999"),
 }
 
 
