@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +29,12 @@ from data_tools.curation.search import (
     spans_of,
     unpacked,
 )
-from data_tools.curation.selection import record_of, require_list, write_selection
+from data_tools.curation.selection import Places, record_of, require_list, write_selection
 from data_tools.journal import Json, require_writable, write_whole
 from dinoscale.errors import DataError
 from dinoscale.runtime import distributed
 from dinoscale.runtime.fingerprint import code_fingerprint, fingerprint
+from dinoscale.runtime.opening import on_first_rank
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +80,7 @@ def deduplicate_embeddings(
     sets = Sets(whole, [open_embeddings(path, features=features) for path in against], images)
     for test in sets.tests:
         require_comparable(whole, test)
-    _require_files(out)
+    distributed.together(partial(_require_files, out, sets))
     work = fingerprint(
         input={"images": whole.digest, "tests": [test.digest for test in sets.tests]},
         command={**asdict(similar), **way.settings},
@@ -87,22 +89,17 @@ def deduplicate_embeddings(
     search = _Search(sets, similar, way)
     with journal_beside(out, work) as journal:
         results = in_turns(search.piece, search.sizes, journal, progress=progress)
-        summary = None
-        if journal is not None:
-            summary = _written(sets, search.joined(results), similar, way, out)
+        summary = on_first_rank(lambda _: _written(sets, search.joined(results), similar, way, out))
     return distributed.broadcast_object(summary) or {}
 
 
-def _require_files(out: Path) -> None:
-    """Refuse names that cannot be written, on the first rank."""
-
-    def require() -> None:
-        if not distributed.rank():
-            require_list(out)
-            require_page(out)
-            require_writable(groups_of(out))
-
-    distributed.together(require)
+def _require_files(out: Path, sets: Sets) -> None:
+    """Refuse what could not be written, on the first rank."""
+    if not distributed.rank():
+        require_list(out)
+        require_page(out)
+        require_writable(groups_of(out))
+        Places(sets.whole, sets.images)
 
 
 class _Search:

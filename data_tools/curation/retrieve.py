@@ -44,13 +44,14 @@ from data_tools.curation.search import (
     spans_of,
     unpacked,
 )
-from data_tools.curation.selection import record_of, require_list, write_selection
+from data_tools.curation.selection import Places, record_of, require_list, write_selection
 from data_tools.journal import Json
 from dinoscale.data.order.permutation import hash64
 from dinoscale.data.seeding import Stream, generator
 from dinoscale.errors import DataError
 from dinoscale.runtime import distributed
 from dinoscale.runtime.fingerprint import code_fingerprint, fingerprint
+from dinoscale.runtime.opening import on_first_rank
 
 _IMAGES = 3  # what is drawn, see `dinoscale.data.seeding`; others are in `hierarchy` and `balance`
 _SHOWN = 12  # seeds or clusters on the page
@@ -173,7 +174,7 @@ def retrieve_neighbours(
     whole = open_embeddings(folder, features=features)
     of_seeds = open_embeddings(seeds, features=features)
     require_comparable(whole, of_seeds)
-    distributed.together(partial(_require_files, out.path))
+    distributed.together(partial(_require_files, out, whole))
     spans = spans_of(len(of_seeds), way.block)
     searched = Searched(whole, way)
 
@@ -188,23 +189,27 @@ def retrieve_neighbours(
     )
     with journal_beside(out.path, work) as journal:
         results = in_turns(piece, [len(span) for span in spans], journal, progress=progress)
-        summary = None
-        if journal is not None:
+
+        def write(_: object) -> Json:
             rows = np.concatenate([unpacked(one["rows"], np.int64) for one in results])
             cosines = np.concatenate([unpacked(one["cosines"], np.float64) for one in results])
+            shape = (-1, by.k)
             choice = _of_seeds(
-                whole, of_seeds, rows.reshape(-1, by.k), cosines.reshape(-1, by.k), by.images
+                whole, of_seeds, rows.reshape(shape), cosines.reshape(shape), by.images
             )
             settings = {**asdict(by), "approximate": way.approximate}
-            summary = _written(whole, of_seeds, choice, settings, out)
+            return _written(whole, of_seeds, choice, settings, out)
+
+        summary = on_first_rank(write)
     return distributed.broadcast_object(summary) or {}
 
 
-def _require_files(out: Path) -> None:
-    """Refuse names that cannot be written, on the first rank."""
+def _require_files(out: Output, whole: Embeddings) -> None:
+    """Refuse what could not be written, on the first rank."""
     if not distributed.rank():
-        require_list(out)
-        require_page(out)
+        require_list(out.path)
+        require_page(out.path)
+        Places(whole, out.images)
 
 
 def _of_seeds(
@@ -301,19 +306,20 @@ def retrieve_clusters(
     whole = hierarchy.embeddings(folder)
     of_seeds = open_embeddings(seeds, features=whole.features, normalize=whole.normalized)
     require_comparable(whole, of_seeds)
-    distributed.together(partial(_require_files, out.path))
+    distributed.together(partial(_require_files, out, whole))
     level = hierarchy.level(1)
     shown = progress and not distributed.rank()
     with tqdm(total=len(of_seeds), unit="img", disable=None if shown else True) as bar:
         centroids = torch.from_numpy(level.centroids).to(device)
         of_seed, _ = assign(of_seeds, centroids, bar.update)
-    summary = None
-    if not distributed.rank():
+
+    def write(_: object) -> Json:
         labels = np.asarray(level.assignments)
         choice = _of_clusters(whole, of_seeds, labels, of_seed, len(level.centroids), by)
         settings = {**asdict(by), "clusters": str(clusters.resolve())}
-        summary = _written(whole, of_seeds, choice, settings, out)
-    return distributed.broadcast_object(summary) or {}
+        return _written(whole, of_seeds, choice, settings, out)
+
+    return distributed.broadcast_object(on_first_rank(write)) or {}
 
 
 def _of_clusters(

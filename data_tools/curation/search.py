@@ -193,14 +193,19 @@ def in_turns(
         bar.update(sum(sizes[number] for number in done))
         for first in range(0, len(left), world):
             turn = left[first : first + world]
-            mine = partial(find, turn[rank]) if rank < len(turn) else dict
-            results = distributed.gather_objects(distributed.together(mine))
+            mine = turn[rank] if rank < len(turn) else None
+            result = distributed.together(partial(_found, find, mine))
+            results = distributed.gather_objects(result)
             for number, result in zip(turn, results, strict=False):
                 if journal is not None:
                     journal.add(number, result)
                     known[number] = result
                 bar.update(sizes[number])
     return [known[number] for number in range(len(sizes))] if journal is not None else []
+
+
+def _found(find: Callable[[int], Json], number: int | None) -> Json:
+    return {} if number is None else find(number)
 
 
 def spans_of(number: int, block: int) -> list[range]:

@@ -1,0 +1,65 @@
+"""Copies found by several ranks are those of one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_tools.curation.duplicates import deduplicate_embeddings
+from data_tools.curation.groups import Similar
+from data_tools.curation.search import Way
+from dinoscale.errors import DataError
+from tests.harness import run_distributed
+from tests.unit.data_tools.tiny_features import write_features
+from tests.unit.evaluate.tiny_files import save_picture
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
+
+
+def of_rank(good: str, bad: str, out: str) -> str:
+    """Leave out the copies in two folders, of which the second cannot be read; say why."""
+    found(Path(good), Path(out))
+    with pytest.raises(DataError) as error:
+        found(Path(bad), Path(out).with_name("bad.txt"))
+    return str(error.value)
+
+
+def found(features: Path, out: Path) -> None:
+    """Leave out copies, in four blocks."""
+    deduplicate_embeddings(
+        features,
+        out,
+        against=[],
+        similar=Similar(threshold=0.9, against=0.9, k=5),
+        way=Way(15, torch.device("cpu")),
+        progress=False,
+    )
+
+
+def test_ranks_share_the_blocks_and_a_failure_of_one_reaches_all(tmp_path: Path) -> None:
+    """Three ranks take four blocks, so that two have none in the last turn."""
+    rows = np.random.default_rng(0).normal(size=(60, 16)).astype(np.float32)
+    rows[40:] = rows[:20]
+    save_picture(tmp_path / "images" / "00000.jpg", seed=0)
+    spec = str(tmp_path / "images")
+    good = write_features(tmp_path / "good", {"cls": rows}, spec=spec)
+    found(good, tmp_path / "one" / "kept.txt")
+    rows[59, 0] = np.nan
+    bad = write_features(tmp_path / "bad", {"cls": rows}, spec=spec)
+    said = run_distributed(
+        "tests.distributed.test_curation_copies:of_rank",
+        world_size=3,
+        timeout_s=60,
+        good=str(good),
+        bad=str(bad),
+        out=str(tmp_path / "three" / "kept.txt"),
+    )
+    for suffix in (".txt", ".json", ".jsonl", ".html"):
+        one, three = (tmp_path / name / f"kept{suffix}" for name in ("one", "three"))
+        # The JSON says where the list is.
+        assert one.read_text() == three.read_text().replace("/three/", "/one/"), suffix
+    assert len((tmp_path / "one" / "kept.txt").read_text().splitlines()) == 40
+    assert all("00059.jpg (row 59) are not finite" in text for text in said)
