@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -311,7 +311,7 @@ def retrieve_clusters(
     shown = progress and not distributed.rank()
     with tqdm(total=len(of_seeds), unit="img", disable=None if shown else True) as bar:
         centroids = torch.from_numpy(level.centroids).to(device)
-        of_seed, _ = assign(of_seeds, centroids, bar.update)
+        of_seed, _ = assign(of_seeds, centroids, partial(_advance, bar))
 
     def write(_: object) -> Json:
         labels = np.asarray(level.assignments)
@@ -320,6 +320,10 @@ def retrieve_clusters(
         return _written(whole, of_seeds, choice, settings, out)
 
     return distributed.broadcast_object(on_first_rank(write)) or {}
+
+
+def _advance(bar: tqdm[NoReturn], rows: int) -> None:
+    bar.update(rows)
 
 
 def _of_clusters(
