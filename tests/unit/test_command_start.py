@@ -84,6 +84,8 @@ _WITHOUT_TORCH = (
     "data dataset-stats missing",
     "data deduplicate missing --weights w.safetensors",
     "data cluster --help",
+    "data retrieve --help",
+    "data deduplicate-embeddings --help",
     "data balance missing chosen.txt --images 3",
 )
 _SETS = "--train a --test b"
@@ -108,6 +110,8 @@ _WITH_TORCH = (
     "evaluate discover missing images --boxes boxes.json",
     "evaluate correspond missing --images images --warp",
     "evaluate transfer missing --sets a b",
+    "data retrieve missing near.txt --seeds missing",
+    "data deduplicate-embeddings missing kept.txt",
 )
 
 
