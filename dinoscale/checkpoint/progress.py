@@ -23,7 +23,8 @@ _ENOUGH = 8  # losses from which a prediction is made
 class Guarded:
     """What the guard has measured so far, as plain data.
 
-    Values are by name: `rankme` and `knn_top1` (higher is better), `alpha_req`, `agreement`.
+    Values are by name: `rankme`, `lidar` and `knn_top1` (higher is better), `alpha_req`,
+    `agreement`.
 
     Attributes:
         images: which ones were measured, in words.

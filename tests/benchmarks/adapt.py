@@ -5,13 +5,14 @@
 A small ViT learns the classes 0-4 of CIFAR-10 without labels; its weights stand for released ones.
 The runs on images of the classes 5-9 begin with them: a cautious one (heads first, then all at a
 low rate), one whose backbone rests, and one at 30 times that rate, three times: its guard warns,
-stops, or rolls back. Prints a line of JSON for each, and last the rank correlation of RankMe and
-k-NN over all measurements.
+stops, or rolls back. Prints a line of JSON for each, and last the rank correlation of k-NN and each
+measure without labels over all measurements: of one number, if two starts measured the same.
 """
 
 import argparse
 import io
 import json
+import math
 import subprocess
 import sys
 import tarfile
@@ -24,8 +25,8 @@ from scipy.stats import spearmanr
 
 from dinoscale.runtime.outputs import BEST_WEIGHTS
 
-SOURCE_STEPS, STEPS, HEAD_STEPS, EVERY = 1200, 250, 50, 25
-RATE = 1e-3
+SOURCE_STEPS, HEAD_STEPS, STEPS, HOT_STEPS, EVERY = 1200, 50, 350, 150, 25
+RATE = 2e-3  # the source's is 8e-3
 HALVES = {"source": range(5), "target": range(5, 10)}
 # What is learned from, and the bank and the queries of k-NN: shards of CIFAR-10.
 SPLITS = {"train": "train-*.tar*", "bank": "train-000.tar*", "test": "test-000.tar*"}
@@ -42,22 +43,32 @@ _SIZES = [
     "log.every_steps=50",
     "train.steps_per_epoch=50",
 ]
-_GUARD = [f"guard.every_steps={EVERY}", "guard.measure=knn_top1", "guard.num_images=1024"]
-# As in the presets `adapt_*`.
-_PHASES = [
-    {
-        "name": "heads",
-        "change": {"optim": {"backbone_lr": 0.0}, "train": {"epochs": HEAD_STEPS // 50}},
-    },
-    {"name": "all", "change": {"train": {"epochs": STEPS // 50}}},
+_GUARD = [
+    f"guard.every_steps={EVERY}",
+    "guard.measure=knn_top1",
+    "guard.max_fall=0.05",
+    "guard.num_images=1024",
+    "guard.lidar_views=4",
 ]
+LABEL_FREE = ("guard_rankme", "guard_lidar", "guard_alpha_req", "guard_agreement")
+
+
+def _phases(*, steps: int) -> list[dict[str, Any]]:
+    """Heads first, then all for some steps, as in the presets `adapt_*`."""
+    heads = {"optim": {"backbone_lr": 0.0}, "train": {"epochs": HEAD_STEPS // 50}}
+    return [
+        {"name": "heads", "change": heads},
+        {"name": "all", "change": {"train": {"epochs": steps // 50}}},
+    ]
+
+
 # Name of a run -> its phases, rate, and what its guard does.
 RUNS: dict[str, tuple[list[dict[str, Any]], float, str]] = {
-    "cautious": (_PHASES, RATE, "stop"),
-    "backbone rests": (_PHASES[:1], RATE, "stop"),
-    "hot": (_PHASES, 30 * RATE, "warn"),
-    "hot, stops": (_PHASES, 30 * RATE, "stop"),
-    "hot, rolls back": (_PHASES, 30 * RATE, "roll_back"),
+    "cautious": (_phases(steps=STEPS), RATE, "stop"),
+    "backbone rests": (_phases(steps=STEPS)[:1], RATE, "stop"),
+    "hot": (_phases(steps=HOT_STEPS), 30 * RATE, "warn"),
+    "hot, stops": (_phases(steps=HOT_STEPS), 30 * RATE, "stop"),
+    "hot, rolls back": (_phases(steps=HOT_STEPS), 30 * RATE, "roll_back"),
 }
 
 
@@ -122,7 +133,7 @@ def _log(run_dir: Path, name: str) -> list[dict[str, Any]]:
 
 
 def measurements(run_dir: Path) -> list[dict[str, float]]:
-    """k-NN, RankMe and agreement with the start of each measurement, in order."""
+    """k-NN and the numbers of the guard of each measurement, in order."""
     found: list[dict[str, float]] = []
     for line in _log(run_dir, "metrics.jsonl"):
         if "knn_top1" in line:
@@ -130,6 +141,17 @@ def measurements(run_dir: Path) -> list[dict[str, float]]:
         elif "guard_rankme" in line:  # is measured after k-NN
             found[-1] |= line
     return found
+
+
+def rank_correlations(found: Sequence[dict[str, float]]) -> dict[str, float | None]:
+    """Spearman's rho of k-NN and each measure without labels; None where one never changes."""
+    rhos = {}
+    for name in LABEL_FREE:
+        pairs = sorted({(line[name], line["knn_top1"]) for line in found if name in line})
+        changes = len(pairs) > 2 and all(len(set(side)) > 1 for side in zip(*pairs, strict=True))
+        rho = float(spearmanr(*zip(*pairs, strict=True)).statistic) if changes else math.nan
+        rhos[name.removeprefix("guard_")] = None if math.isnan(rho) else round(rho, 2)
+    return rhos
 
 
 def main() -> None:
@@ -147,7 +169,7 @@ def main() -> None:
     }
     source = options.out / "source"
     _train(source, sets["source"], [f"train.epochs={SOURCE_STEPS // 50}"])
-    pairs: list[tuple[float, float]] = []
+    all_found: list[dict[str, float]] = []
     for name, (phases, rate, on_fall) in RUNS.items():
         run_dir = options.out / name.replace(", ", "_").replace(" ", "_")
         code = _train(
@@ -163,7 +185,7 @@ def main() -> None:
             phases,
         )
         found = measurements(run_dir)
-        pairs += [(line["guard_rankme"], line["knn_top1"]) for line in found]
+        all_found += found
         best = max(found, key=lambda line: line["knn_top1"])
         print(
             json.dumps(
@@ -174,7 +196,10 @@ def main() -> None:
                     "knn_after": found[-1]["knn_top1"],
                     "measurements": len(found),
                     "knn_best": best["knn_top1"],
+                    "knn": [round(line["knn_top1"], 1) for line in found],
                     "rankme": [round(line["guard_rankme"], 1) for line in found],
+                    "lidar": [round(line["guard_lidar"], 1) for line in found],
+                    "rank_correlations": rank_correlations(found),
                     "exported": sorted(
                         str(path.relative_to(run_dir)) for path in run_dir.rglob(BEST_WEIGHTS)
                     ),
@@ -185,8 +210,9 @@ def main() -> None:
             ),
             flush=True,
         )
-    rho = spearmanr(*zip(*pairs, strict=True))
-    print(json.dumps({"measurements": len(pairs), "rank_correlation": float(rho.statistic)}))
+    different = {tuple(line.get(name) for name in ("knn_top1", *LABEL_FREE)) for line in all_found}
+    about = {"measurements": len(all_found), "different": len(different)}
+    print(json.dumps({**about, "rank_correlations": rank_correlations(all_found)}))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from dinoscale.runtime.outputs import BEST_WEIGHTS
 from tests.distributed.tiny_run import tiny_config
 
 START, BEST, LAST = (
-    {"rankme": r, "agreement": a} for r, a in ((8.0, 1.0), (10.0, 0.9), (7.0, 0.4))
+    {"rankme": r, "lidar": r / 2, "agreement": a} for r, a in ((8.0, 1.0), (10.0, 0.9), (7.0, 0.4))
 )
 FALL = {"time": "then", "step": 20, "event": "fall", "text": "step 20: the teacher has fallen"}
 
@@ -41,7 +42,7 @@ def _run(folder: Path, *, fall: str, events: list[dict[str, Any]]) -> Path:
     (checkpoint / "state.json").write_text(json.dumps(state))
     write_measured(checkpoint, None, known)
     lines = [
-        {"step": step, "guard_rankme": values["rankme"], "guard_agreement": values["agreement"]}
+        {"step": step, **{f"guard_{name}": value for name, value in values.items()}}
         for step, values in ((0, START), (10, BEST), (20, LAST))
     ]
     for name, found in (("metrics", lines), ("events", events)):
@@ -69,7 +70,8 @@ def test_the_page_shows_the_teacher_before_and_after(tmp_path: Path) -> None:
     assert as_table([listed]).splitlines()[0].endswith("k-NN top-1  guard")
     assert as_table([listed]).endswith("-           rankme 7 fallen")
     names = {Path(path).name for path in told["plots"]}
-    assert names == {"guard_rankme.png", "guard_agreement.png"}
+    assert names == {"guard_rankme.png", "guard_lidar.png", "guard_agreement.png"}
+    assert re.search(r"LiDAR, directions</th>\s*<td>4</td>\s*<td>5</td>\s*<td>3.5</td>", page)
     assert told["problems"] == ["step 20: the teacher has fallen"]
 
 
@@ -77,7 +79,7 @@ def test_the_margin_is_below_the_best(tmp_path: Path) -> None:
     record = read_record(_run(tmp_path, fall="", events=[]))
     assert margin(record, "guard_rankme") == ((pytest.approx(9.0), "best - 10%"),)
     assert margin(record, "guard_agreement") == ((0.3, "0.3: guard.min_agreement"),)
-    assert margin(record, "knn_top1") == ()
+    assert margin(record, "guard_lidar") == margin(record, "knn_top1") == ()
     assert _verdicts(record) == [("ok", "no fall; best at step 10, by RankMe, directions")]
 
 
@@ -105,7 +107,7 @@ def test_the_page_of_all_phases_shows_before_and_after_over_all(tmp_path: Path) 
     assert "start (step 0 of 01_heads)" in page
     assert "best (step 10)" in page
     assert "exported (step 20 of 01_heads)" in page
-    assert page.count("<img") == 2  # RankMe and agreement, over the steps of both
+    assert page.count("<img") == 3  # RankMe, LiDAR and agreement, over the steps of both
 
 
 def test_a_fall_that_has_ended_is_a_warning(tmp_path: Path) -> None:

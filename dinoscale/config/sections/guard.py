@@ -2,9 +2,16 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from dinoscale.config.sections.fields import Count, Fraction, PathText, Section, is_streamed
+from dinoscale.config.sections.fields import (
+    Count,
+    CountOrZero,
+    Fraction,
+    PathText,
+    Section,
+    is_streamed,
+)
 
 
 class GuardConfig(Section):
@@ -14,8 +21,8 @@ class GuardConfig(Section):
     `best.safetensors` in the run directory when the run ends. Phases go on from the start and the
     best of the one before, and have one `best.safetensors`, that of the whole run. Numbers of other
     images, or of other `eval.resize` and `eval.crop`, do not compare: the guard then begins anew.
-    Where k-NN decides, nor do those of other `eval.train`, `eval.test` and `eval.k`. Off while
-    `every_steps` is null.
+    Where k-NN decides, nor do those of other `eval.train`, `eval.test` and `eval.k`; where LiDAR
+    does, of other `lidar_views`. Off while `every_steps` is null.
     """
 
     every_steps: Count | None = Field(
@@ -34,10 +41,18 @@ class GuardConfig(Section):
         le=25_000,
         description="How many of them are measured, a fixed choice. RankMe is at most this. [D].",
     )
-    measure: Literal["rankme", "knn_top1"] = Field(
+    lidar_views: CountOrZero = Field(
+        default=0,
+        description="Augmented views of each of these images that LiDAR compares, always the same; "
+        "0: no LiDAR, which costs as many forwards of each image as it has views, where all else "
+        "costs one. Published are 50 views of 1,000 images; `dinoscale evaluate rank` takes them. "
+        "[D].",
+    )
+    measure: Literal["rankme", "lidar", "knn_top1"] = Field(
         default="rankme",
         description="What decides which teacher is the best: the effective rank of its features, "
-        "or its k-NN accuracy on eval.test. [D].",
+        "that of what tells images apart beyond their views, or its k-NN accuracy on eval.test. "
+        "[D].",
     )
     max_fall: Fraction = Field(
         default=0.1,
@@ -53,6 +68,15 @@ class GuardConfig(Section):
         description="warn: an event and a warning. stop: end the run there. roll_back: end it, and "
         "set the later checkpoints aside, so that it resumes from the best one.",
     )
+
+    @field_validator("lidar_views")
+    @classmethod
+    def _two_views(cls, views: int) -> int:
+        if views == 1:
+            raise ValueError(
+                "LiDAR compares views of an image, need 2 or more, or 0 for none; got 1"
+            )
+        return views
 
     def mistakes(self, *, images: str | None, labelled: bool, keeps_best: bool) -> list[str]:
         """What the guard lacks.
@@ -74,6 +98,11 @@ class GuardConfig(Section):
             mistakes.append(
                 "guard.measure: 'knn_top1' needs labelled images in eval.train and eval.test; "
                 "'rankme' needs no labels"
+            )
+        if self.measure == "lidar" and not self.lidar_views:
+            mistakes.append(
+                "guard.measure: 'lidar' needs views of each image, guard.lidar_views 2 or more; got"
+                " 0. 'rankme' needs none"
             )
         if not keeps_best:
             mistakes.append(

@@ -6,25 +6,17 @@ Shape letters: N readable images, n of them with q views each, D width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
-from dinoscale.data.augmentation.color_jitter import finish_crops
 from dinoscale.data.augmentation.multi_crop import NUM_GLOBAL, MultiCrop
 from dinoscale.data.sources.mixture import left_out_counts
 from dinoscale.data.sources.source import StoredSource
 from dinoscale.data.sources.subset import SubsetSource
-from dinoscale.errors import ConfigError, DataError, RunFailedError
-from dinoscale.evaluate.across_ranks import over_ranks
-from dinoscale.evaluate.features import eval_mode, require_finite
+from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.frozen_backbone import (
     DEFAULT_EXTRACTION,
     ExtractionOptions,
@@ -40,8 +32,8 @@ from dinoscale.evaluate.label_free.spectrum import (
     lidar,
     rankme,
 )
-from dinoscale.evaluate.label_free.views import SEED, augmented_views
-from dinoscale.evaluate.progress import bar_options
+from dinoscale.evaluate.label_free.view_features import extract_views, view_crops
+from dinoscale.evaluate.label_free.views import SEED
 from dinoscale.runtime import distributed
 from dinoscale.runtime.opening import open_once_per_node
 
@@ -158,73 +150,25 @@ def _some(source: StoredSource, images: int) -> StoredSource:
 
 def _view_features(extractor: FeatureExtractor, source: StoredSource, num_views: int) -> Tensor:
     """Features of views of every readable image, (n, q, D)."""
-    at_once = max(1, extractor.options.batch_size // num_views)  # images
-    forward = _ViewForward(extractor, source, num_views, at_once)
-    features, _ = over_ranks(forward, num_images=len(source), batch_size=at_once)
-    return features
-
-
-@dataclass(frozen=True)
-class _ViewForward:
-    """The forward of the views of images through a backbone."""
-
-    extractor: FeatureExtractor
-    source: StoredSource
-    num_views: int
-    images_at_once: int
-
-    def __call__(self, ids: NDArray[np.int64], check: Callable[[], None]) -> tuple[Tensor, Tensor]:
-        """Features (n, q, D) of the readable images, and their numbers (n,)."""
-        extractor, options = self.extractor, self.extractor.options
-        batches = augmented_views(
-            self.source,
-            _crops(extractor),
-            ids,
-            num_views=self.num_views,
-            batch_size=self.images_at_once,
-            num_workers=options.num_workers,
-            pin_memory=extractor.device.type == "cuda",
-        )
-        shown = options.progress and distributed.rank() == 0
-        bar = tqdm(total=len(ids) * self.num_views, unit="view", **bar_options(shown=shown))
-        rows = [torch.zeros(0, self.num_views, _width(extractor), device=extractor.device)]
-        numbers = [torch.zeros(0, dtype=torch.int64)]
-        try:
-            with bar, eval_mode(extractor.backbone), torch.no_grad():
-                for batch in batches:
-                    if len(batch.ids):
-                        found = self._features(batch.crops, batch.params)
-                        rows.append(found.unflatten(0, (len(batch.ids), self.num_views)))
-                        numbers.append(batch.ids)
-                    bar.update(self.num_views * (len(batch.ids) + len(batch.bad)))
-                    check()
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise RunFailedError(
-                f"{options.batch_size} views at once need more memory than available; lower"
-                " --batch-size"
-            ) from error
-        return require_finite(torch.cat(rows)), torch.cat(numbers).to(extractor.device)
-
-    def _features(self, crops: Tensor, params: NDArray[np.void]) -> Tensor:
-        """Features (M, D) of crops (M, H, H, C), at most a batch at a time."""
-        extractor, size = self.extractor, self.extractor.options.batch_size
-        parts = []
-        for first in range(0, len(crops), size):
-            finished = finish_crops(
-                crops[first : first + size].to(extractor.device, non_blocking=True),
-                params[first : first + size],
-                mean=extractor.card.mean,
-                std=extractor.card.std,
-                compiled=False,
-            )
-            parts.append(extractor.backbone([finished]).float())
-        return torch.cat(parts)
+    options = extractor.options
+    return extract_views(
+        extractor.backbone,
+        source,
+        multi_crop=_crops(extractor),
+        num_views=num_views,
+        mean=extractor.card.mean,
+        std=extractor.card.std,
+        batch_size=options.batch_size,
+        device=extractor.device,
+        num_workers=options.num_workers,
+        progress=options.progress,
+    )
 
 
 def _crops(extractor: FeatureExtractor) -> MultiCrop:
     """The global crops of pre-training, of the size that the weights are evaluated at."""
     card = extractor.card
-    return MultiCrop(global_size=card.crop, num_local=0, channels=card.backbone.in_chans)
+    return view_crops(size=card.crop, channels=card.backbone.in_chans)
 
 
 def _protocol(extractor: FeatureExtractor, samples: Samples) -> dict[str, object]:

@@ -16,6 +16,7 @@ from dinoscale.reports.run.read import Record, exported_name
 _WORDS = {
     "knn_top1": "k-NN top-1, %",
     "rankme": "RankMe, directions",
+    "lidar": "LiDAR, directions",
     "alpha_req": "alpha-ReQ",
     "agreement": "nearest neighbours shared with the start",
 }
@@ -37,7 +38,8 @@ def margin(record: Record, series: str) -> tuple[tuple[float, str], ...]:
         least = rule.min_agreement
         return ((least, f"{least:g}: guard.min_agreement"),) if least else ()
     best = known.best.get(known.measure)
-    if best is None or series != {"rankme": "guard_rankme"}.get(known.measure, known.measure):
+    of_guard = known.measure in ("rankme", "lidar")
+    if best is None or series != f"{'guard_' if of_guard else ''}{known.measure}":
         return ()
     return (((1 - rule.max_fall) * best, f"best - {rule.max_fall:.0%}"),)
 

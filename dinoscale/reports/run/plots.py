@@ -24,6 +24,7 @@ KNN, PATCH_KNN = "k-NN top-1 of the teacher, %", "k-NN top-1 of the teacher's pa
 WIDTH, HEIGHT = 5.2, 2.8  # inches; two side by side on a page
 GUARD = {
     "guard_rankme": "RankMe of held-out images, directions",
+    "guard_lidar": "LiDAR of held-out images, directions",
     "guard_agreement": "share of nearest neighbours that are those of the start",
     "guard_alpha_req": "alpha-ReQ of held-out images",
 }
@@ -95,6 +96,12 @@ def _plot_specs(record: Record) -> list[_PlotSpec]:
             GUARD["guard_rankme"],
             dots=True,
             limits=margin(record, "guard_rankme"),
+        ),
+        _PlotSpec(
+            "guard_lidar",
+            GUARD["guard_lidar"],
+            dots=True,
+            limits=margin(record, "guard_lidar"),
         ),
         _PlotSpec(
             "guard_agreement",

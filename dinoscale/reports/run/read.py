@@ -62,6 +62,7 @@ NUMBERS = (
     "patch_knn_top1",
     "rankme",
     "guard_rankme",
+    "guard_lidar",
     "guard_alpha_req",
     "guard_agreement",
     "save_stall_s",

@@ -14,7 +14,7 @@ from dinoscale.config.sections.guard import GuardConfig
 from dinoscale.config.sections.training import CurveConfig
 from dinoscale.training.hooks.setting_names import as_set_here
 
-_WORDS = {"rankme": "RankMe", "knn_top1": "k-NN top-1"}
+_WORDS = {"rankme": "RankMe", "lidar": "LiDAR", "knn_top1": "k-NN top-1"}
 _UNUSABLE = "its features are all zero or not finite"
 
 

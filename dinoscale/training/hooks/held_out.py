@@ -19,7 +19,8 @@ from dinoscale.data.sources.subset import SubsetSource
 from dinoscale.errors import DataError, NonFiniteError
 from dinoscale.evaluate.features import extract_unlabelled
 from dinoscale.evaluate.label_free.agreement import agreement, nearest
-from dinoscale.evaluate.label_free.spectrum import alpha_req, rankme
+from dinoscale.evaluate.label_free.spectrum import alpha_req, lidar, rankme
+from dinoscale.evaluate.label_free.view_features import extract_views, view_crops
 from dinoscale.runtime import distributed
 from dinoscale.runtime.opening import on_first_rank
 from dinoscale.runtime.outputs import write_tensors
@@ -36,7 +37,8 @@ class HeldOut:
     Attributes:
         images: which ones, in words.
         identity: digest of the images, their size and normalisation, and where k-NN decides of the
-            sets and the k of k-NN; numbers of others do not compare.
+            sets and the k of k-NN, where LiDAR does of its views; numbers of others do not
+            compare.
     """
 
     def __init__(
@@ -79,6 +81,8 @@ class HeldOut:
         if self._labelled:
             sets = [source.identity(heartbeat) for source in self._labelled]
             text += f" {sets} {config.eval.k}"
+        if config.guard.measure == "lidar":
+            text += f" {config.guard.lidar_views} views"
         return hashlib.sha256(text.encode()).hexdigest()
 
     def measure(
@@ -91,7 +95,7 @@ class HeldOut:
     ) -> dict[str, float]:
         """Numbers by name, the same on every rank; all ranks call it.
 
-        RankMe and agreement of features that are not finite are 0.
+        RankMe, LiDAR and agreement of features that are not finite are 0.
 
         Args:
             backbone: ordinary weights, whole on every rank.
@@ -100,8 +104,8 @@ class HeldOut:
             starts: whether this is the start that later measurements are compared with.
 
         Returns:
-            `rankme` in directions; `agreement`, 0 to 1, unless the start is not known; `alpha_req`,
-            unless the rank is too low.
+            `rankme` in directions, and with `guard.lidar_views` also `lidar`; `agreement`, 0 to 1,
+            unless the start is not known; `alpha_req`, unless the rank is too low.
 
         Raises:
             DinoscaleError: on every rank.
@@ -120,26 +124,54 @@ class HeldOut:
                 num_workers=config.data.num_workers,
                 on_batch=on_batch,
             )
+            views = self._views(backbone, device, on_batch)
         except NonFiniteError:  # on every rank
             if starts and distributed.rank() == 0:
                 self._forget()
-            return {"rankme": 0.0, "agreement": 0.0}
+            of_views = {"lidar": 0.0} if config.guard.lidar_views else {}
+            return {"rankme": 0.0, "agreement": 0.0, **of_views}
 
         def values() -> dict[str, float] | None:
             # On one rank: others of another make may differ in the last bit, and decide otherwise.
             if distributed.rank() != 0:
                 return None
-            return self._values(features, numbers, starts=starts)
+            return self._values(features, numbers, views, starts=starts)
 
         found = distributed.broadcast_object(distributed.together(values))
         return cast(dict[str, float], found)
 
-    def _values(self, features: Tensor, numbers: Tensor, *, starts: bool) -> dict[str, float]:
+    def _views(
+        self, backbone: nn.Module, device: torch.device, on_batch: Callable[[], None]
+    ) -> Tensor | None:
+        """Features of views as those of `dinoscale evaluate rank`, (n, q, D); None without LiDAR.
+
+        n are the readable images, q views each, D is the width.
+        """
+        config, num_views = self._config, self._config.guard.lidar_views
+        if not num_views:
+            return None
+        return extract_views(
+            backbone,
+            self._source,
+            multi_crop=view_crops(size=config.eval.crop, channels=config.data.channels),
+            num_views=num_views,
+            mean=config.data.mean,
+            std=config.data.std,
+            batch_size=config.eval.batch_size,
+            device=device,
+            num_workers=config.data.num_workers,
+            on_batch=on_batch,
+        )
+
+    def _values(
+        self, features: Tensor, numbers: Tensor, views: Tensor | None, *, starts: bool
+    ) -> dict[str, float]:
         if len(features) < 2:
             raise DataError(f"the guard compares images, and {len(features)} can be read")
         found = {"rankme": rankme(features)}
         alpha = alpha_req(features)
         found |= {} if alpha is None else {"alpha_req": alpha}
+        found |= {} if views is None else {"lidar": lidar(views)}
         neighbours = nearest(features, numbers, num_images=len(self._source)).cpu()
         if starts:
             self._start = neighbours

@@ -1,0 +1,152 @@
+"""Features of augmented views of images, which LiDAR compares within and between images.
+
+Shape letters: n readable images, q views of each, M crops of a forward, C channels, H rows and
+columns, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dinoscale.data.augmentation.color_jitter import finish_crops
+from dinoscale.data.augmentation.multi_crop import MultiCrop
+from dinoscale.data.sources.source import Source
+from dinoscale.errors import RunFailedError
+from dinoscale.evaluate.across_ranks import over_ranks
+from dinoscale.evaluate.features import eval_mode, require_finite
+from dinoscale.evaluate.label_free.views import augmented_views
+from dinoscale.evaluate.progress import bar_options
+from dinoscale.runtime import distributed
+
+
+def view_crops(*, size: int, channels: int) -> MultiCrop:
+    """The global crops of pre-training, as published, at another size in pixels."""
+    return MultiCrop(global_size=size, num_local=0, channels=channels)
+
+
+def extract_views(
+    backbone: nn.Module,
+    source: Source,
+    *,
+    multi_crop: MultiCrop,
+    num_views: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch_size: int,
+    device: torch.device,
+    num_workers: int,
+    progress: bool = False,
+    on_batch: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Run a backbone over augmented views of all undamaged images of a source.
+
+    All ranks of a job call it; each runs its share, and all get the features of the whole set. It
+    costs `num_views` forwards of an image.
+
+    Args:
+        backbone: takes a list of images (M, C, H, H), returns (M, D); in eval mode meanwhile.
+        source: the images; damaged ones are left out with a warning.
+        multi_crop: its first two crops are drawn; the draws are a function of (image, view).
+        num_views: q, of each image.
+        mean: of each channel, in 0..1.
+        std: of each channel, in 0..1.
+        batch_size: views in one forward.
+        device: of the backbone and of the result.
+        num_workers: processes that decode; 0 decodes in this one.
+        progress: draw a bar (`bar_options`).
+        on_batch: called after each batch, to feed a watchdog.
+
+    Returns:
+        Features (n, q, D) float32, not normalised.
+
+    Raises:
+        NonFiniteError: a feature is not a finite number.
+        RunFailedError: a batch needs more memory than available.
+        UnavailableError: the file of an image cannot be read at all.
+    """
+    at_once = max(1, batch_size // num_views)  # images
+    forward = _Forward(
+        *(backbone, source, multi_crop, num_views, tuple(mean), tuple(std), device),
+        images_at_once=at_once,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        progress=progress and distributed.rank() == 0,
+        on_batch=on_batch,
+    )
+    features, _ = over_ranks(forward, num_images=len(source), batch_size=at_once)
+    return features
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """The forward of the views of images through a backbone."""
+
+    backbone: nn.Module
+    source: Source
+    multi_crop: MultiCrop
+    num_views: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    device: torch.device
+    images_at_once: int
+    batch_size: int
+    num_workers: int
+    progress: bool
+    on_batch: Callable[[], None]
+
+    def __call__(self, ids: NDArray[np.int64], check: Callable[[], None]) -> tuple[Tensor, Tensor]:
+        """Features (n, q, D) of the readable images, and their numbers (n,)."""
+        try:
+            return self._extract(ids, check)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise RunFailedError(
+                f"{self.batch_size} views at once need more memory than available; lower the batch"
+                " size (eval.batch_size of a run)"
+            ) from error
+
+    def _extract(self, ids: NDArray[np.int64], check: Callable[[], None]) -> tuple[Tensor, Tensor]:
+        batches = augmented_views(
+            *(self.source, self.multi_crop, ids),
+            num_views=self.num_views,
+            batch_size=self.images_at_once,
+            num_workers=self.num_workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        # A rank's share may be empty, or wholly unreadable.
+        width = int(getattr(self.backbone, "embed_dim", 0))
+        rows = [torch.zeros(0, self.num_views, width, device=self.device)]
+        numbers = [torch.zeros(0, dtype=torch.int64)]
+        bar = tqdm(total=len(ids) * self.num_views, unit="view", **bar_options(shown=self.progress))
+        with bar, eval_mode(self.backbone), torch.no_grad():
+            for batch in batches:
+                if len(batch.ids):
+                    found = self._features(batch.crops, batch.params)
+                    rows.append(found.unflatten(0, (len(batch.ids), self.num_views)))
+                    numbers.append(batch.ids)
+                bar.update(self.num_views * (len(batch.ids) + len(batch.bad)))
+                self.on_batch()
+                check()
+        return require_finite(torch.cat(rows[1:] or rows)), torch.cat(numbers).to(self.device)
+
+    def _features(self, crops: Tensor, params: NDArray[np.void]) -> Tensor:
+        """Features (M, D) of crops (M, H, H, C), at most a batch at a time."""
+        weight = next(self.backbone.parameters(), None)
+        dtype = torch.float32 if weight is None else weight.dtype
+        parts = []
+        for first in range(0, len(crops), self.batch_size):
+            finished = finish_crops(
+                crops[first : first + self.batch_size].to(self.device, non_blocking=True),
+                params[first : first + self.batch_size],
+                mean=self.mean,
+                std=self.std,
+                compiled=False,
+            )
+            parts.append(self.backbone([finished.to(dtype)]).float())
+        return torch.cat(parts)
