@@ -13,6 +13,7 @@ GRAM = "gram"  # of the backbone's tensors alone, where there is a Gram network
 ANCHOR = "anchor"  # likewise, where there is an anchor
 STATE_FILE, SHARED_FILE, SUMS_FILE = "state.json", "shared.safetensors", "SHA256SUMS"
 MEASURED_FILE = "measured.json"
+START_FILE = "guard_start.safetensors"  # in the run directory: neighbours of the guard's start
 INDEX_FILE, SHARD_PREFIX = "shards.index", "shard_"
 
 

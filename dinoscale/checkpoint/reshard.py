@@ -1,6 +1,7 @@
 """Rewrite a checkpoint with another number of shard files, on one process."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dinoscale.checkpoint.checksums import flushed_sum, seal
-from dinoscale.checkpoint.layout import SHARED_FILE, STATE_FILE, directory, part_of, shard_file
+from dinoscale.checkpoint.layout import (
+    SHARED_FILE,
+    START_FILE,
+    STATE_FILE,
+    directory,
+    part_of,
+    shard_file,
+)
 from dinoscale.checkpoint.load import Checkpoint, open_run
-from dinoscale.checkpoint.progress import write_measured
+from dinoscale.checkpoint.progress import read_verdicts, write_measured
 from dinoscale.errors import CheckpointError
 from dinoscale.runtime.outputs import write_tensors
 
@@ -47,12 +55,27 @@ def reshard(run: Path, out: Path, *, num_shards: int) -> dict[str, Any]:
         write_tensors(checkpoint.shared, part / SHARED_FILE)
         (part / STATE_FILE).write_text(json.dumps(checkpoint.state, indent=1))
         names = [*map(shard_file, range(num_shards)), SHARED_FILE, STATE_FILE]
-        if checkpoint.measured is not None:
-            write_measured(part, checkpoint.measured)
+        _copy_measured(checkpoint, part, out)
         seal(part, target, {name: flushed_sum(part / name) for name in names})
     except (OSError, SafetensorError) as error:  # SafetensorError on a full disk, among others
         raise CheckpointError(f"cannot write {target}: {error}") from error
     return {"from": str(checkpoint.path), "checkpoint": str(target), "shards": num_shards}
+
+
+def _copy_measured(checkpoint: Checkpoint, part: Path, out: Path) -> None:
+    """Copy what was measured after the save, and the start that the guard compares with.
+
+    Raises:
+        OSError: it cannot be read or written.
+    """
+    verdicts = read_verdicts(checkpoint.path)
+    if checkpoint.measured is not None:
+        write_measured(part, checkpoint.measured)
+    for verdict in reversed(verdicts):  # the newest last
+        write_measured(part, checkpoint.measured, verdict)
+    start = checkpoint.path.parent.parent / START_FILE
+    if start.is_file() and not (out / START_FILE).exists():
+        shutil.copyfile(start, out / START_FILE)
 
 
 def _cut(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -347,10 +348,12 @@ def _plan(options: argparse.Namespace) -> dict[str, Any] | None:
     from dinoscale.planning.plan.report import plan_of_phases
     from dinoscale.planning.plan.table import as_text, text_of_phases
 
+    runs = phases_of(config)
+    _warn_of_missing_weights(config, runs)
     if config.phases:
         phases = {
             phase.name: _plan_of_run(run, options)
-            for phase, run in zip(config.phases, phases_of(config), strict=True)
+            for phase, run in zip(config.phases, runs, strict=True)
         }
         found, text = plan_of_phases(phases), text_of_phases
     else:
@@ -359,6 +362,17 @@ def _plan(options: argparse.Namespace) -> dict[str, Any] | None:
         return found
     print(text(found), end="")
     return None
+
+
+def _warn_of_missing_weights(config: RunConfig, runs: Sequence[RunConfig]) -> None:
+    """Say that the run would not start where it is planned, for want of a Gram network."""
+    from dinoscale.errors import DinoscaleError
+    from dinoscale.training.phases import require_gram_teachers
+
+    try:
+        require_gram_teachers(config, runs)
+    except DinoscaleError as error:  # the run may be meant for another machine
+        print(f"a run here would not start: {error}", file=sys.stderr)
 
 
 def _plan_of_run(config: RunConfig, options: argparse.Namespace) -> dict[str, Any]:

@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from dinoscale.checkpoint.layout import checkpoints, directory
+from dinoscale.checkpoint.layout import START_FILE, checkpoints, directory
 from dinoscale.checkpoint.load import Checkpoint
 from dinoscale.config import RunConfig
 from dinoscale.convert.run_checkpoint import read_run
 from dinoscale.convert.source import read_source
 from dinoscale.runtime.outputs import BEST_WEIGHTS
-from dinoscale.training.hooks.held_out import START_FILE
 from tests.distributed.tiny_run import tiny_config
 from tests.harness import run_distributed
 

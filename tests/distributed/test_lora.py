@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -271,15 +272,31 @@ def test_one_rank_at_another_stage_goes_on(root: Path, followed: dict[str, dict[
 def test_other_shard_files_hold_the_same(
     root: Path, followed: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
+    from dinoscale.checkpoint.layout import START_FILE, directory
+    from dinoscale.checkpoint.progress import read_measured, read_verdicts, write_measured
     from dinoscale.checkpoint.reshard import reshard
     from dinoscale.convert.run_checkpoint import read_run
 
     assert MOVED in followed  # it has been saved
-    reshard(root / MOVED / str(STEPS), tmp_path / "out", num_shards=3)
-    here, there = (
-        read_run(path, network="teacher") for path in (tmp_path / "out", root / MOVED / str(STEPS))
-    )
+    run, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(root / MOVED / str(STEPS), run)
+    verdicts = [_verdict("of other images"), _verdict("of these")]
+    for verdict in verdicts:
+        write_measured(directory(run, STEPS), 60.0, verdict)
+    (run / START_FILE).write_bytes(b"neighbours")
+    reshard(run, out, num_shards=3)
+    here, there = (read_run(path, network="teacher") for path in (out, run))
     _require_equal(here.backbone, there.backbone)
+    assert read_measured(directory(out, STEPS)) == 60.0
+    assert read_verdicts(directory(out, STEPS)) == verdicts[::-1]
+    assert (out / START_FILE).read_bytes() == b"neighbours"
+
+
+def _verdict(images: str) -> Any:
+    from dinoscale.checkpoint.progress import Guarded
+
+    values = {"rankme": 5.0}
+    return Guarded(images, "rankme", STEPS, values, 0, values, 0, values, "it fell", images)
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -306,6 +323,40 @@ def test_the_exported_teacher_has_its_adapters_merged(
     # In bf16 every operation of the run rounds, and those of the export do not.
     bound = 10 * torch.finfo(torch.bfloat16).eps if job.endswith("bf16") else 1e-6
     assert (features - expected).norm() <= bound * expected.norm()
+
+
+def test_a_run_with_adapters_is_read_as_the_file_into_which_they_are_merged(
+    root: Path, followed: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    import dinoscale
+    from dinoscale.convert.conversion import convert
+    from dinoscale.evaluate.embedding.embed import EmbedOptions, embed
+    from dinoscale.evaluate.frozen_backbone import ExtractionOptions
+    from dinoscale.evaluate.label_free.rank import Samples, evaluate_rank
+
+    run, file = root / MOVED / str(STEPS), tmp_path / "weights.safetensors"
+    card = convert(run, file, to="dino")
+    assert card["merged_adapters"]["max_difference"] <= 1e-6
+    loaded = [dinoscale.load_backbone(path)[0] for path in (run, file)]
+    _require_equal(*(model.state_dict() for model in loaded))
+    expected = followed[MOVED]["features"]
+    for model in loaded:
+        tokens = model.forward_features(_images(_config(MOVED)))
+        found = torch.cat([tokens.cls[:, None], tokens.patches], dim=1)
+        assert (found - expected).norm() <= 1e-6 * expected.norm()
+    spec = "synthetic:shapes?images=5&size=16"
+    quietly: dict[str, Any] = {"num_workers": 0, "cache": False, "progress": False}
+    scores = []
+    for weights, out in ((run, tmp_path / "of_run"), (file, tmp_path / "of_file")):
+        embed(weights, spec, out, EmbedOptions(**quietly))
+        options = ExtractionOptions(**quietly)
+        scores.append(evaluate_rank(weights, spec, samples=Samples(5, 5, 2), options=options))
+    assert scores[0]["score"] == scores[1]["score"]
+    arrays = [path.name for path in (tmp_path / "of_run").glob("*.npy")]
+    assert len(arrays) == 2
+    for name in arrays:
+        here, there = (tmp_path / out / name for out in ("of_run", "of_file"))
+        assert here.read_bytes() == there.read_bytes()
 
 
 def _require_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -75,6 +75,21 @@ def test_images_are_counted_where_they_are(
     assert plan["steps_per_epoch"] == 20
 
 
+def test_a_run_that_would_not_start_for_want_of_a_gram_network_is_planned_and_told(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    weights = tmp_path / "weights.pth"
+    plan = ["plan", "vit_s16", "gram.loss_weight=1", f"gram.teacher={weights}", "--json"]
+    cli.run(plan)
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["gpus"] == 1
+    said = f"a run here would not start: gram.teacher: {weights}: No such file or directory; give"
+    assert shown.err.startswith(said)
+    weights.touch()
+    cli.run(plan)
+    assert capsys.readouterr().err == ""
+
+
 def test_on_several_nodes_the_plan_covers_links_failures_and_checkpoints(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

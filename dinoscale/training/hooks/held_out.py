@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from dinoscale.checkpoint.layout import START_FILE
 from dinoscale.config import RunConfig
 from dinoscale.data.decoding.decode import Decoder
 from dinoscale.data.sources.mixture import require_few_left_out
@@ -27,7 +28,6 @@ from dinoscale.runtime.outputs import write_tensors
 
 log = logging.getLogger(__name__)
 
-START_FILE = "guard_start.safetensors"  # neighbours of the start, in the run directory
 _NEIGHBOURS, _IDENTITY = "neighbours", "identity"
 
 

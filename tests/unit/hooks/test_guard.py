@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from dinoscale.checkpoint.layout import START_FILE
 from dinoscale.checkpoint.progress import (
     Guarded,
     Progress,
@@ -26,7 +27,7 @@ from dinoscale.data.shards.remote import is_remote
 from dinoscale.data.sources.source import open_source
 from dinoscale.errors import ConfigError
 from dinoscale.training.hooks.guard import end_text, fall_text, judge, new_start_text, starts
-from dinoscale.training.hooks.held_out import START_FILE, HeldOut
+from dinoscale.training.hooks.held_out import HeldOut
 from dinoscale.training.hooks.measurements import Measurements
 from dinoscale.training.hooks.setting_names import as_set_here
 from tests.distributed.tiny_run import tiny_config

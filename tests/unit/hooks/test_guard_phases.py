@@ -9,7 +9,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from dinoscale.checkpoint.layout import STATE_FILE, directory
+from dinoscale.checkpoint.layout import START_FILE, STATE_FILE, directory
 from dinoscale.checkpoint.progress import Guarded, Progress
 from dinoscale.config import RunConfig, parse_config, phases_of
 from dinoscale.errors import RunFailedError, UnreadableError
@@ -19,7 +19,7 @@ from dinoscale.training import best
 from dinoscale.training.best import best_checkpoint, export_best, finish
 from dinoscale.training.due import Due, due_after
 from dinoscale.training.hooks.guard import judge
-from dinoscale.training.hooks.held_out import START_FILE, HeldOut
+from dinoscale.training.hooks.held_out import HeldOut
 from dinoscale.training.hooks.measurements import Measurements
 from dinoscale.training.hooks.online_knn import Measured
 from dinoscale.training.phases import next_phase
