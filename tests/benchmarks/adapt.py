@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,14 @@ from scipy.stats import spearmanr
 
 from dinoscale.runtime.outputs import BEST_WEIGHTS
 
-SOURCE_STEPS, HEAD_STEPS, STEPS, HOT_STEPS, EVERY = 1200, 50, 350, 150, 25
+SOURCE_EPOCHS, SOURCE_STEPS = 24, 50  # of an epoch
+EVERY = 25  # steps between two measurements, and of an epoch; below, all are in these
+HEADS, ALL, HOT = 1, 8, 3
 RATE = 2e-3  # the source's is 8e-3
 HALVES = {"source": range(5), "target": range(5, 10)}
 # What is learned from, and the bank and the queries of k-NN: shards of CIFAR-10.
 SPLITS = {"train": "train-*.tar*", "bank": "train-000.tar*", "test": "test-000.tar*"}
+IMAGES = {"train": 25_000, "bank": 2000, "test": 1000}  # at most, the first ones
 _SIZES = [
     "crops.global_size=32",
     "crops.local_size=16",
@@ -41,34 +45,33 @@ _SIZES = [
     "checkpoint.every_epochs=1000",
     "engine.precision=fp32",
     "log.every_steps=50",
-    "train.steps_per_epoch=50",
 ]
 _GUARD = [
     f"guard.every_steps={EVERY}",
     "guard.measure=knn_top1",
     "guard.max_fall=0.05",
-    "guard.num_images=1024",
+    "guard.num_images=512",
     "guard.lidar_views=4",
 ]
 LABEL_FREE = ("guard_rankme", "guard_lidar", "guard_alpha_req", "guard_agreement")
 
 
-def _phases(*, steps: int) -> list[dict[str, Any]]:
-    """Heads first, then all for some steps, as in the presets `adapt_*`."""
-    heads = {"optim": {"backbone_lr": 0.0}, "train": {"epochs": HEAD_STEPS // 50}}
+def _phases(*, epochs: int) -> list[dict[str, Any]]:
+    """Heads first, then all for some epochs, as in the presets `adapt_*`."""
+    heads = {"optim": {"backbone_lr": 0.0}, "train": {"epochs": HEADS}}
     return [
         {"name": "heads", "change": heads},
-        {"name": "all", "change": {"train": {"epochs": steps // 50}}},
+        {"name": "all", "change": {"train": {"epochs": epochs}}},
     ]
 
 
 # Name of a run -> its phases, rate, and what its guard does.
 RUNS: dict[str, tuple[list[dict[str, Any]], float, str]] = {
-    "cautious": (_phases(steps=STEPS), RATE, "stop"),
-    "backbone rests": (_phases(steps=STEPS)[:1], RATE, "stop"),
-    "hot": (_phases(steps=HOT_STEPS), 30 * RATE, "warn"),
-    "hot, stops": (_phases(steps=HOT_STEPS), 30 * RATE, "stop"),
-    "hot, rolls back": (_phases(steps=HOT_STEPS), 30 * RATE, "roll_back"),
+    "cautious": (_phases(epochs=ALL), RATE, "stop"),
+    "backbone rests": (_phases(epochs=ALL)[:1], RATE, "stop"),
+    "hot": (_phases(epochs=HOT), 30 * RATE, "warn"),
+    "hot, stops": (_phases(epochs=HOT), 30 * RATE, "stop"),
+    "hot, rolls back": (_phases(epochs=HOT), 30 * RATE, "roll_back"),
 }
 
 
@@ -82,10 +85,11 @@ def halves(shards: Path, out: Path) -> None:
                 continue
             part = target.with_suffix(".part")
             with tarfile.open(part, "w") as tar:
-                for name, jpeg, label in _samples(sorted(shards.glob(shards_of_split))):
-                    if label in classes:
-                        _add(tar, f"{name}.jpg", jpeg)
-                        _add(tar, f"{name}.cls", str(label - classes.start).encode())
+                found = _samples(sorted(shards.glob(shards_of_split)))
+                of_half = (sample for sample in found if sample[2] in classes)
+                for name, jpeg, label in islice(of_half, IMAGES[split]):
+                    _add(tar, f"{name}.jpg", jpeg)
+                    _add(tar, f"{name}.cls", str(label - classes.start).encode())
             part.rename(target)
 
 
@@ -168,7 +172,11 @@ def main() -> None:
         for half in HALVES
     }
     source = options.out / "source"
-    _train(source, sets["source"], [f"train.epochs={SOURCE_STEPS // 50}"])
+    _train(
+        source,
+        sets["source"],
+        [f"train.epochs={SOURCE_EPOCHS}", f"train.steps_per_epoch={SOURCE_STEPS}"],
+    )
     all_found: list[dict[str, float]] = []
     for name, (phases, rate, on_fall) in RUNS.items():
         run_dir = options.out / name.replace(", ", "_").replace(" ", "_")
@@ -179,6 +187,7 @@ def main() -> None:
                 f"train.init_from={source}",
                 f"optim.lr={rate}",
                 "optim.min_lr=1e-6",
+                f"train.steps_per_epoch={EVERY}",
                 *_GUARD,
                 f"guard.on_fall={on_fall}",
             ],
