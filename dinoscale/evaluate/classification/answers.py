@@ -5,7 +5,6 @@ Shape letters: M test images that can be read, C classes.
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,14 +17,13 @@ from torch import Tensor
 from dinoscale.data.sources.classes import Classes, classes_of
 from dinoscale.data.sources.folder import FolderSource
 from dinoscale.data.sources.source import Source
-from dinoscale.errors import ConfigError, DataError
+from dinoscale.errors import ConfigError
 from dinoscale.evaluate.features import check_labels
+from dinoscale.evaluate.predictions import COLUMNS, FORMATS, write_predictions
 from dinoscale.runtime import distributed
-from dinoscale.runtime.outputs import atomic_write, require_ours
+from dinoscale.runtime.outputs import require_ours
 
 LEVEL = 0.95  # of the intervals
-FORMATS = (".npz", ".csv")
-_COLUMNS = ("image", "class", "answer", "correct")
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,10 @@ class Answers:
             found |= self._by_class()
         if details.predictions is not None:
             path = Path(details.predictions)
-            distributed.together(lambda: self._write(path) if distributed.rank() == 0 else None)
+            is_first = distributed.rank() == 0
+            distributed.together(
+                lambda: write_predictions(path, self._columns()) if is_first else None
+            )
             found["predictions"] = str(path)
         return found
 
@@ -105,21 +106,6 @@ class Answers:
             classes.append({"class": names[i], "images": images, "top1": top1})
         return {"per_class": classes, "confusion": {"classes": names, "matrix": matrix.tolist()}}
 
-    def _write(self, path: Path) -> None:
-        columns = self._columns()
-        try:
-            with atomic_write(path) as beside:
-                if path.suffix == ".npz":
-                    np.savez_compressed(beside, allow_pickle=False, **columns)
-                else:
-                    with beside.open("w", newline="", encoding="utf-8") as file:
-                        writer = csv.writer(file)
-                        writer.writerow(columns)
-                        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-                        writer.writerows((*row[:-1], int(row[-1])) for row in rows)
-        except OSError as error:
-            raise ConfigError(f"predictions: {path}: {error.strerror or error}") from error
-
     def _columns(self) -> dict[str, NDArray[np.generic]]:
         """Name, class, answer and whether it is right, of each image, (M,) each."""
         above = os.path.join(self.test.root, "") if isinstance(self.test, FolderSource) else ""
@@ -130,7 +116,7 @@ class Answers:
         of_images = [labels, answers]
         named = [[names.get(number, "") for number in column] for column in of_images]
         correct = (self.labels == self.answers).cpu().numpy()
-        columns = zip(_COLUMNS, [*map(_text, [images, *named]), correct], strict=True)
+        columns = zip(COLUMNS, [*map(_text, [images, *named]), correct], strict=True)
         return dict(columns)
 
 
@@ -162,23 +148,3 @@ def intervals(score: Mapping[str, float], *, images: int) -> dict[str, list[floa
         name: [100 * float(binom.ppf(end, images, min(1.0, value / 100))) / images for end in ends]
         for name, value in score.items()
     }
-
-
-def read_correct(path: Path) -> tuple[list[str], NDArray[np.bool_]]:
-    """The images in a file of predictions, and whether the answer for each is right.
-
-    Raises:
-        DataError: it cannot be read, or is no such file.
-    """
-    try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                return arrays["image"].tolist(), arrays["correct"].astype(np.bool_)
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if tuple(reader.fieldnames or ()) != _COLUMNS:
-                raise ValueError(f"columns are not {', '.join(_COLUMNS)}")
-            rows = list(reader)
-        return [row["image"] for row in rows], np.array([row["correct"] == "1" for row in rows])
-    except (OSError, ValueError, KeyError, EOFError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read as predictions ({error})") from error

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinoscale.errors import DataError
-from dinoscale.evaluate.classification.answers import read_correct
 from dinoscale.evaluate.classification.paired import SIGNIFICANT, Paired, holm, mcnemar
+from dinoscale.evaluate.predictions import read_correct
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dinoscale.errors import ConfigError, DataError, OutputError
-from dinoscale.evaluate.classification.answers import Details, intervals, read_correct
+from dinoscale.evaluate.classification.answers import Details, intervals
 from dinoscale.evaluate.classification.finetune import Recipe, evaluate_finetune
 from dinoscale.evaluate.classification.knn import evaluate_knn
 from dinoscale.evaluate.classification.linear import evaluate_linear
@@ -22,6 +22,7 @@ from dinoscale.evaluate.classification.linear_protocols import DinoProtocol, Gri
 from dinoscale.evaluate.classification.logistic import evaluate_logistic
 from dinoscale.evaluate.classification.paired import holm, mcnemar
 from dinoscale.evaluate.frozen_backbone import ExtractionOptions
+from dinoscale.evaluate.predictions import read_correct
 from dinoscale.reports.comparison.page import write_page
 from dinoscale.reports.comparison.scores import Outcome, compare
 from tests.unit.evaluate.conftest import Colors
