@@ -203,10 +203,9 @@ def _teacher_forward(dims: Dims, setup: Setup) -> Terms:
         return {}
     s, images, teacher = setup.weight_bytes, setup.micro_batch_size, dims.of_targets
     block = widest(teacher, setup, tokens=teacher.global_tokens)
+    if teacher is not dims:  # the inputs of the block and of its MLP
+        block += 2 * s * images * teacher.global_tokens * teacher.embed_dim
     prototypes = (2 if setup.bf16 else 1) * FP32 * _prototype_scalars(teacher)
-    if dims.patches.masked and teacher.patch_size != dims.patch_size:  # on both grids, in float32
-        patches = teacher.global_patches + dims.global_patches
-        block = max(block, FP32 * images * patches * teacher.embed_dim)
     pixels = s * images * dims.global_pixels if setup.bf16 else 0
     return {
         "activations": pixels + max(block, prototypes),
