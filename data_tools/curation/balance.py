@@ -20,6 +20,16 @@ from numpy.typing import NDArray
 
 from data_tools.curation.clusters import Clusters, open_clusters
 from data_tools.curation.embeddings import Embeddings
+from data_tools.curation.page import (
+    Example,
+    Section,
+    Strip,
+    classes_table,
+    entropy,
+    require_page,
+    sizes_table,
+    write_page,
+)
 from data_tools.curation.selection import require_list, write_selection
 from data_tools.journal import Json
 from dinoscale.data.order.permutation import hash64
@@ -28,6 +38,7 @@ from dinoscale.errors import DataError
 
 Pick = Literal["random", "closest", "furthest"]
 
+_SHOWN, _OF_EACH = 20, 8  # clusters on the page, and images of each
 _SHARES, _IMAGES = 1, 2  # what is drawn, see `dinoscale.data.seeding`; 0 is in `hierarchy`
 
 
@@ -70,7 +81,8 @@ def balance(
 
     Args:
         clusters: folder that `cluster` has written.
-        out: list to write, NAME.txt; NAME.json beside it says how they were chosen.
+        out: list to write, NAME.txt; NAME.json beside it says how they were chosen, and NAME.html
+            shows examples.
         options: how many, and which.
         embeddings: folder of the embeddings, if it has moved.
         images: folder of the images, if it has moved.
@@ -83,6 +95,7 @@ def balance(
         OutputError: something else has the name of an output.
     """
     require_list(out)
+    require_page(out)
     hierarchy = open_clusters(clusters)
     points = hierarchy.embeddings(embeddings)
     if options.images > len(points) and not options.repeat:
@@ -98,7 +111,62 @@ def balance(
         "settings": asdict(options),
         "entropy": entropies(hierarchy, points, counts),
     }
-    return write_selection(out, points, chosen, counts=counts[chosen], about=summary, images=images)
+    record = write_selection(
+        out, points, chosen, counts=counts[chosen], about=summary, images=images
+    )
+    _write_page(out, hierarchy, points, counts, options, images)
+    return record
+
+
+def _write_page(
+    out: Path,
+    hierarchy: Clusters,
+    points: Embeddings,
+    counts: NDArray[np.int64],
+    options: BalanceOptions,
+    images: str | None,
+) -> None:
+    """Write the page: sizes of top clusters before and after, and images of some of them."""
+    chosen = np.flatnonzero(counts)
+    top = hierarchy.of_images(hierarchy.num_levels).astype(np.int64)
+    before, after = np.bincount(top), np.bincount(np.repeat(top, counts), minlength=top.max() + 1)
+    write_page(
+        out,
+        title=f"An even choice of {points.path.name}",
+        said=[
+            f"{options.images:,} lines name {len(chosen):,} of {len(points):,} images, split"
+            f" equally over {len(before):,} top clusters as far as these have as many. The"
+            f" {len(points) - len(chosen):,} others are left out: each is of a cluster that had"
+            " more images than its share."
+        ],
+        tables=[
+            sizes_table("Top clusters", [str(i) for i in range(len(before))], before, after),
+            *classes_table(points, chosen, counts[chosen]),
+        ],
+        sections=[_section(points, top, counts, before, after)],
+        settings={"clusters": hierarchy.path, "levels": hierarchy.num_levels, **asdict(options)},
+        images={} if images is None else {points.path: images},
+    )
+
+
+def _section(
+    points: Embeddings,
+    top: NDArray[np.int64],
+    counts: NDArray[np.int64],
+    before: NDArray[np.int64],
+    after: NDArray[np.int64],
+) -> Section:
+    """Images chosen of top clusters, from the largest to the smallest."""
+    order = np.argsort(-before, kind="stable")
+    places = np.linspace(0, len(order) - 1, min(len(order), _SHOWN)).astype(np.int64)
+    strips = []
+    for cluster in order[places].tolist():
+        some = np.flatnonzero((top == cluster) & (counts > 0))
+        spread = some[np.linspace(0, len(some) - 1, min(len(some), _OF_EACH)).astype(np.int64)]
+        title = f"cluster {cluster}: {before[cluster]:,} images, {after[cluster]:,} lines"
+        strips.append(Strip(title, [Example(points, row) for row in spread.tolist()]))
+    said = "Chosen images of top clusters, from the largest cluster to the smallest."
+    return Section("Some clusters", said, strips)
 
 
 def balanced(hierarchy: Clusters, options: BalanceOptions) -> NDArray[np.int64]:
@@ -217,12 +285,7 @@ def _entropies(numbers: NDArray[np.int64], counts: NDArray[np.int64]) -> dict[st
     before = np.bincount(numbers[known])
     after = np.bincount(np.repeat(numbers[known], counts[known]))
     return {
-        "before": _entropy(before),
-        "after": _entropy(after),
+        "before": entropy(before),
+        "after": entropy(after),
         "most": math.log(int((before > 0).sum())),
     }
-
-
-def _entropy(sizes: NDArray[np.int64]) -> float:
-    p = sizes[sizes > 0] / sizes.sum()
-    return float(-(p * np.log(p)).sum())

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 _SIDE = 112  # pixels of a photograph at most
 _QUALITY = 85  # of its JPEG: some 4 KB
-_CLASSES = 50  # in the table; the rest are one line
+_SIZES = 50  # classes or clusters in a table; the rest are one row
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,9 +219,7 @@ def _small(read: Callable[[], Picture]) -> bytes | None:
 def classes_table(
     of: Embeddings, chosen: NDArray[np.int64], counts: NDArray[np.int64] | None = None
 ) -> list[Table]:
-    """Images of each class before and after, and how even they are; nothing without classes.
-
-    H = -sum p log2 p over the classes, in bits; 2^H classes of one size would be as even.
+    """Images of each class before and after; no table for a set without classes.
 
     Args:
         of: embeddings of all images.
@@ -232,24 +230,37 @@ def classes_table(
     if labels is None or not (labels >= 0).any():
         return []
     number = max(len(of.class_names or []), int(labels.max()) + 1)
-    often = np.ones(len(chosen), dtype=np.int64) if counts is None else counts
-    known = labels[chosen] >= 0
-    before = np.bincount(labels[labels >= 0], minlength=number)
-    after = np.zeros(number, dtype=np.int64)
-    np.add.at(after, labels[chosen][known], often[known])
-    names = of.class_names or [str(number) for number in range(len(before))]
+    names = of.class_names or [str(label) for label in range(number)]
+    drawn = labels[chosen] if counts is None else np.repeat(labels[chosen], counts)
+    before, after = (np.bincount(some[some >= 0], minlength=number) for some in (labels, drawn))
+    return [sizes_table("Classes", names, before, after)]
+
+
+def sizes_table(
+    title: str, names: Sequence[str], before: NDArray[np.int64], after: NDArray[np.int64]
+) -> Table:
+    """Images of each class or cluster before and after, the largest first, and how even they are.
+
+    The last row is exp H of the shares p, H = -sum p log p: so many of one size are as even.
+
+    Args:
+        title: what they are of.
+        names: of the classes or clusters, (C,).
+        before: how many images of each there were, (C,).
+        after: how many lines each has in the list, (C,).
+    """
     order = np.argsort(-before, kind="stable")
-    rows = [[names[i], f"{before[i]:,}", f"{after[i]:,}"] for i in order[:_CLASSES].tolist()]
-    if len(order) > _CLASSES:
-        rest = order[_CLASSES:]
-        rows.append([f"{len(rest):,} others", f"{before[rest].sum():,}", f"{after[rest].sum():,}"])
-    evenness = [(entropy(counts), 2 ** entropy(counts)) for counts in (before, after)]
-    rows.append(["entropy, bits", *(f"{bits:.3f}" for bits, _ in evenness)])
-    rows.append(["classes of one size that are as even", *(f"{n:.1f}" for _, n in evenness)])
-    return [Table("Classes", ["", "before", "after"], rows)]
+    rows = [[names[i], f"{before[i]:,}", f"{after[i]:,}"] for i in order[:_SIZES].tolist()]
+    rest = order[_SIZES:]
+    if len(rest):
+        sums = f"{before[rest].sum():,}", f"{after[rest].sum():,}"
+        rows.append([f"{len(rest):,} others", *sums])
+    evenness = [f"{np.exp(entropy(sizes)):.1f}" for sizes in (before, after)]
+    rows.append(["as even as so many of one size", *evenness])
+    return Table(title, ["", "before", "after"], rows)
 
 
-def entropy(counts: NDArray[np.int64]) -> float:
-    """Of the classes with these counts, in bits."""
-    shares = counts[counts > 0] / max(1, counts.sum())
-    return float(-(shares * np.log2(shares)).sum())
+def entropy(sizes: NDArray[np.int64]) -> float:
+    """H = -sum p log p over the shares of these sizes, in nats."""
+    p = sizes[sizes > 0] / sizes.sum()
+    return float(-(p * np.log(p)).sum())

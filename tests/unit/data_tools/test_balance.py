@@ -126,6 +126,10 @@ def test_the_list_and_its_record(place: Path) -> None:
     assert by_class["after"] == pytest.approx(math.log(3))
     assert by_class["most"] == pytest.approx(math.log(3))
     assert record["entropy"]["top_clusters"] == pytest.approx(by_class)
+    page = (place / "balanced.html").read_text()
+    assert "12 lines name 12 of 50 images" in page
+    assert page.count("data:image/jpeg") == 12
+    assert page.count(": 36 images, 4 lines") == 1
 
 
 def test_mistakes_are_named(place: Path) -> None:

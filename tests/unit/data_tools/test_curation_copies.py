@@ -121,7 +121,7 @@ def test_the_page_shows_pictures_of_copies_and_says_the_numbers(
     assert page.count("data:image/jpeg") >= 7
     assert "00206.jpg left out, 0.960" in page
     assert "(no picture) 00206.jpg" in page  # its file is empty
-    assert "classes of one size that are as even" in page
+    assert "as even as so many of one size" in page
     assert not list(whole[0].parent.glob("*.state"))
 
 
