@@ -50,4 +50,7 @@ def _tensors(config: RunConfig) -> dict[str, Any]:
         found[f"optim.{key}"] = getattr(config.optim, key)
     found["model.rope"] = "rotary positions" if config.model.rope else "learned positions"
     found["ibot.loss_weight"] = "a patch loss" if config.ibot.loss_weight else "none"
+    found["dino.loss_weight"] = "with heads" if config.has_heads else "without heads"
+    width = config.of_teacher.model.width
+    found["distill"] = {key: f"a map to {width}" for key in config.distill.feature_weights}
     return found

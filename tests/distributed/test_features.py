@@ -47,7 +47,7 @@ JOBS = {
     "beside_0": ("cosine", 0, 3),
     "beside_3": ("cosine", 3, 1),
 }
-RESUMED = ("alone_3", "beside_0")
+RESUMED = ("alone_3",)
 BACKBONE = "backbone."
 
 

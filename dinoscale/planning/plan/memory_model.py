@@ -259,13 +259,8 @@ def _followed_forward(dims: Dims, setup: Setup) -> Terms:
     if teacher is None:
         return {}
     pixels, tokens = dims.global_pixels, teacher.global_tokens
-    activations = frozen_forward(teacher, setup, pixels=pixels, tokens=tokens)
-    if dims.followed_patches and teacher.patch_size != dims.patch_size:  # on both grids, in float32
-        patches = teacher.global_patches + dims.global_patches
-        resized = FP32 * setup.micro_batch_size * patches * teacher.embed_dim
-        activations = max(activations, resized)
     return {
-        "activations": activations,
+        "activations": frozen_forward(teacher, setup, pixels=pixels, tokens=tokens),
         "loss": _targets(dims, setup) + gram_features(dims, setup) + anchor_features(dims, setup),
         "buffers": _in_flight(teacher.parameters, setup),
     }

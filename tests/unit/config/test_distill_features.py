@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from dinoscale.config import RunConfig, parse_config
+from dinoscale.config.same_network import require_same_network
 from dinoscale.errors import ConfigError
 
 TEACHER = {"backbone": "vit_base_patch16_224"}
@@ -31,6 +32,18 @@ def test_features_beside_the_own_heads_and_alone() -> None:
         model={"backbone": "resnet50"}, dino={"loss_weight": 0.0}, crops={"num_local": 0}
     )
     assert resnet.of_teacher.model.width == 768
+
+
+def test_a_phase_has_the_maps_and_heads_of_the_one_before() -> None:
+    before, alone = _parsed(), {"dino": {"loss_weight": 0.0}, "crops": {"num_local": 0}}
+    require_same_network("next", before, _parsed({"class_feature_weight": 0.5}))
+    for other in (
+        _parsed({"patch_feature_weight": 1.0}),
+        _parsed({"model": {"backbone": "vit_large_patch16_224"}}),
+        _parsed(**alone),
+    ):
+        with pytest.raises(ConfigError, match=r"phases\.next\.(distill|dino\.loss_weight): "):
+            require_same_network("next", before, other)
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
