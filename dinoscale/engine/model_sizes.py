@@ -231,23 +231,23 @@ def dims_of(config: RunConfig) -> Dims:
 
 def _with_teacher(dims: Dims, config: RunConfig, network: DinoNetwork) -> Dims:
     """The student's counts with those of its frozen teacher, asked about the same patches."""
-    teacher = _dims_of_size(config.of_teacher, network)
+    teacher = _dims_of_size(config.of_teacher, network, "distill.model")
     patches = replace(teacher.patches, masked=dims.patches.masked)
     return replace(dims, frozen_teacher=replace(teacher, patches=patches))
 
 
 def _with_followed(dims: Dims, config: RunConfig, network: DinoNetwork) -> Dims:
     """The student's counts with those of the backbone whose features it follows."""
-    backbone = replace(_dims_of_size(config.of_teacher, network), head=0)
+    backbone = replace(_dims_of_size(config.of_teacher, network, "distill.model"), head=0)
     patches = config.distill.patch_feature_weight > 0
     return replace(dims, followed=backbone, followed_patches=patches)
 
 
-def _dims_of_size(config: RunConfig, network: DinoNetwork) -> Dims:
+def _dims_of_size(config: RunConfig, network: DinoNetwork, section: str = "model") -> Dims:
     backbone, crops, model = network.backbone, config.crops, config.model
     head = config.head if config.has_heads else None
     if not isinstance(backbone, VisionTransformer):
-        raise ConfigError(f"model.backbone: plan supports only ViTs, not {config.model.backbone!r}")
+        raise ConfigError(f"{section}.backbone: plan supports only ViTs, not {model.backbone!r}")
     block = backbone.blocks[0]
     assert isinstance(block, Block)
     patch, channels = backbone.patch_size, config.data.channels

@@ -13,6 +13,7 @@ from dinoscale.data.augmentation.masks import Masks
 from dinoscale.engine.build import build_networks
 from dinoscale.engine.frozen.teacher import DistillingNetwork, FrozenTeacher
 from dinoscale.engine.model_sizes import dims_of, flops_of
+from dinoscale.errors import ConfigError
 from dinoscale.losses.gram import resized
 from dinoscale.models.network import DinoNetwork
 from dinoscale.planning.plan.communication import transfers
@@ -57,7 +58,7 @@ class _Asked:
         return weight_v.new_zeros(())
 
 
-def _asked(network: Any, images: Tensor, rows: Tensor) -> dict[str, Tensor]:
+def _asked(network: Any, images: Tensor, rows: Tensor | None) -> dict[str, Tensor]:
     objective = _Asked()
     with torch.no_grad():
         network([images], None, objective, None, rows)
@@ -114,6 +115,22 @@ def test_a_frozen_teacher_computes_what_its_weights_and_tracked_statistics_do() 
     assert teacher.identity == "that"
     assert teacher.num_bytes() == 4 * sum(p.numel() for p in network.parameters())
     assert not any(p.requires_grad for p in empty.parameters())
+
+
+def test_a_resnet_teaches_class_tokens_and_plan_says_that_it_knows_none() -> None:
+    head = {"num_prototypes": 33, "hidden_dim": 20, "bottleneck_dim": 8}
+    distill = {"teacher": "w.pth", "model": {"backbone": "resnet50"}, "head": head}
+    config = tiny_config(distill=distill)
+    network = _network(config)
+    empty = DistillingNetwork(copy.deepcopy(network).to("meta"), patch_size=8)
+    teacher = FrozenTeacher(empty, config, _no_plan(), torch.float32)
+    teacher.load(network.state_dict(), identity=None)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    found, expected = (_asked(f, images, None) for f in (teacher.forward, network))
+    assert found.keys() == {"classes"}
+    assert torch.equal(found["classes"], expected["classes"])
+    with pytest.raises(ConfigError, match=r"^distill.model.backbone: plan supports only ViTs"):
+        dims_of(config)
 
 
 def _masks(config: RunConfig) -> Masks:
