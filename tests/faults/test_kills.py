@@ -21,11 +21,6 @@ def test_killed_run_ends_as_the_undisturbed_one(tmp_path: Path, stage: int, obje
     assert tally.lost_steps > 0
 
 
-def test_a_killed_student_of_a_frozen_teacher_goes_on_with_it(tmp_path: Path) -> None:
-    tally = run_kills(tmp_path, kills=1, stage=3, seed=4, objective="distillation")
-    assert (tally.kills, tally.resumed, tally.bit_identical) == (1, 1, 1)
-
-
 def test_kills_are_the_same_for_a_seed_and_hit_everything() -> None:
     found = moments(24, seed=0)
     assert found == moments(24, seed=0) != moments(24, seed=1)
