@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> None:
     cifar.add_argument("--ratio", type=float, default=100.0, help="of the classes (default 100)")
     cifar.add_argument("--weights", help="features of this network instead of pixels")
     cifar.add_argument("--choose", type=int, default=2000, help="images (default 2000)")
-    cifar.set_defaults(measure=_cifar, levels=[500, 100, 20], iterations=50, resampling=[10])
+    cifar.set_defaults(measure=_cifar, levels=[500, 100, 20], iterations=20, resampling=[5])
     synthetic = kinds.add_parser("synthetic")
     synthetic.add_argument("--images", type=int, default=10_000_000)
     synthetic.add_argument("--width", type=int, default=64)
