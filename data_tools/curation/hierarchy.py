@@ -264,7 +264,7 @@ def _cluster_level(job: _Job, points: Points, number: int) -> Level:
         state = None
     first = 0 if state is None else state.step
     centroids = None if state is None else torch.from_numpy(state.centroids).to(job.device)
-    passes = (steps - first + 1) * (job.options.iterations + 1)
+    passes = (steps - first + 1) * (job.options.iterations + 1) + 1  # of all points, at most
     bar = tqdm(
         total=passes * len(points),
         unit="row",

@@ -65,6 +65,16 @@ def test_an_iteration_is_that_of_scikit_learn() -> None:
     np.testing.assert_allclose(ours.centroids.numpy(), theirs.cluster_centers_, atol=1e-5)
 
 
+def test_the_nearest_of_more_centroids_than_one_product_has() -> None:
+    rng = np.random.default_rng(0)
+    rows, centroids = (rng.normal(size=(n, 2)).astype(np.float32) for n in (300, 9000))
+    labels, squared = assign(Held(rows), torch.from_numpy(centroids), _nothing)
+    distances = np.square(rows[:, None] - centroids[None]).sum(axis=2)
+    np.testing.assert_allclose(squared, distances.min(axis=1), atol=1e-5)
+    np.testing.assert_allclose(distances[np.arange(300), labels], squared, atol=1e-6)
+    assert labels.max() > 8192
+
+
 def test_kmeans_plus_plus_finds_far_blobs_that_random_points_miss() -> None:
     """One blob in a hundred: random points would hit all ten small ones in one run of a million."""
     rng = np.random.default_rng(0)
