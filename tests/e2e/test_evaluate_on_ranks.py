@@ -50,10 +50,8 @@ def test_rank_0_prints_the_report_of_one_process(weights: Path) -> None:
     assert json.loads(printed) == json.loads(alone)
 
 
-_IMAGES = "synthetic:shapes?images=5&size=32"  # 3 and 2
 _SHARED = {
-    "discover": f"{_IMAGES} --size 32 --untrained",
-    "correspond": f"--images {_IMAGES} --warp --size 32 --untrained",
+    "discover": "synthetic:shapes?images=5&size=32 --size 32 --untrained",  # 3 and 2 images
     "transfer": f"--sets {TRAIN} --shots 1 --seeds 2 --c 1 --num-workers 0",
 }
 
