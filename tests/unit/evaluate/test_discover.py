@@ -19,7 +19,7 @@ from dinoscale import cli
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.dense.object_masks import split_objects
 from dinoscale.evaluate.discovery import regions
-from dinoscale.evaluate.discovery.boxes import iou_of_boxes
+from dinoscale.evaluate.discovery.boxes import find_boxes, iou_of_boxes
 from dinoscale.evaluate.discovery.discover import BOXES, SHEET, Settings, evaluate_discover
 from dinoscale.evaluate.discovery.regions import WEAK_EDGE, lost, normalised_cut, token_cut
 from dinoscale.evaluate.discovery.truth import Annotations, boxes_of_masks
@@ -209,7 +209,12 @@ def test_boxes_score_as_those_of_the_masks(
     save: Callable[[Path, dict[str, list[list[int]]]], Path],
 ) -> None:
     images, _ = map(str, folders)
-    report = _measured(weights, images, boxes=save(tmp_path, TRUE_BOXES), settings=WHOLE)
+    boxes = save(tmp_path, TRUE_BOXES)
+    for name, expected in TRUE_BOXES.items():
+        found = find_boxes(str(boxes))(name)
+        assert found is not None
+        assert found.tolist() == expected
+    report = _measured(weights, images, boxes=boxes, settings=WHOLE)
     assert report["score"] == {"corloc": 50.0}  # a crowd would be found
     assert report["floors"] == {"corloc": 0.0}
     exact = {"a.jpg": [[0, 0, 40, 24]], "sub/b.jpg": [[5, 4, 15, 12]]}
