@@ -267,12 +267,12 @@ class _Probe:
                 f"step {done}: all classifiers have non-finite weights; lower the learning rate"
             )
         epoch = {} if self._plan.last_only else {"epoch": done // self._plan.hold}
-        found: Evaluation = {"step": done, **epoch, "classifiers": results}
-        best = _best([found])
+        evaluation: Evaluation = {"step": done, **epoch, "classifiers": results}
+        best = _best([evaluation])
         if self._plan.last_only:
             self._best = Best()
         self._best.offer(best["top1"], partial(self._answers, best, tests))
-        return found
+        return evaluation
 
     def _answers(self, entry: Mapping[str, Any], tests: Tensor) -> Tensor:
         """The class that a classifier gives each test image, (N,)."""
