@@ -20,6 +20,7 @@ from dinoscale.cli.arguments import (
 )
 from dinoscale.cli.compare import add_compare, line_parser, split_line
 from dinoscale.cli.dense import add_dense
+from dinoscale.cli.dense_probes import add_dense_probes
 from dinoscale.cli.patches import add_patch_tasks
 from dinoscale.cli.probes import add_probes
 from dinoscale.cli.propagate import add_copies, add_retrieve, add_video
@@ -93,6 +94,7 @@ def _add_measurements(tasks: SubCommands) -> None:
     add_retrieve(tasks)
     add_copies(tasks)
     add_rank(tasks)
+    add_dense_probes(tasks)
     add_patch_tasks(tasks)
     add_transfer(tasks)
     for task in tasks.choices.values():

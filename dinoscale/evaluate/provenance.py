@@ -20,6 +20,7 @@ WEIGHTS = "weights"  # the option
 _INPUTS = (
     *(WEIGHTS, "train", "test", "data", "images", "masks", "sequences", "ground_truth"),
     *("originals", "queries", "distractors", "pairs", "whitening", "probe", "boxes"),
+    *("train_masks", "test_masks", "train_depths", "test_depths"),
 )
 _SETS = "sets"  # the option that names several
 # Options that change no number: where to write, how to read, and what the parser adds.
@@ -29,6 +30,7 @@ _WITHOUT_EFFECT = {
     "no_cache",
     "num_workers",
     "out",
+    "pictures",
     "predictions",
     "run",
     "sheet",
@@ -47,6 +49,8 @@ _MODULES = {
     "rank": ("label_free.rank",),
     "retrieve": ("retrieval.landmarks", "retrieval.retrieve"),
     "video": ("video.davis",),
+    "segmentation": ("segmentation.segmentation",),
+    "depth": ("depth.depth",),
 }
 
 

@@ -68,6 +68,8 @@ MORE: dict[str, list[str]] = {
     "evaluate attention": ["--size", "32"],
     "evaluate segment": ["--size", "32"],
     "evaluate pca": ["--size", "32"],
+    "evaluate segmentation": shlex.split(f"{_FEW} --size 32"),
+    "evaluate depth": shlex.split(f"{_FEW} --iterations 2 --crop 32 32"),
     "evaluate video": ["--size", "64"],
     "evaluate retrieve": ["--imsize", "64"],
     "evaluate rank": shlex.split(f"{_FEW} --views 2"),
@@ -141,6 +143,12 @@ def _add_labelled_sets(place: Path) -> None:
     for i in range(2):
         save_picture(voc / "JPEGImages" / f"{i}.jpg", seed=i)
         _save_mask(voc / "SegmentationObject" / f"{i}.png")
+        _save_mask(voc / "SegmentationClass" / f"{i}.png")
+        _save_depths(place / "nyu", seed=i)
+    for part in ("train", "val"):
+        lists = voc / "ImageSets" / "Segmentation"
+        lists.mkdir(parents=True, exist_ok=True)
+        (lists / f"{part}.txt").write_text(f"{int(part == 'val')}\n")
     for i in range(3):
         save_picture(davis / "JPEGImages" / "480p" / "bear" / f"{i:05d}.jpg", seed=i)
         _save_mask(davis / "Annotations" / "480p" / "bear" / f"{i:05d}.png")
@@ -173,6 +181,15 @@ def _save_mask(path: Path) -> None:
     mask.putpalette([0, 0, 0, 128, 0, 0])
     path.parent.mkdir(parents=True, exist_ok=True)
     mask.save(path)
+
+
+def _save_depths(root: Path, *, seed: int) -> None:
+    """A picture for training and one for a test, with the same depth."""
+    depth = Image.fromarray(np.linspace(500, 9000, 48 * 40).reshape(48, 40).astype(np.uint16))
+    for part in ("train", "test"):
+        save_picture(root / part / f"{seed}.jpg", seed=seed)
+        (root / f"{part}-depth").mkdir(exist_ok=True)
+        depth.save(root / f"{part}-depth" / f"{seed}.png")
 
 
 def _add_sweep(place: Path) -> None:

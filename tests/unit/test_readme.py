@@ -27,7 +27,8 @@ def test_every_task_of_evaluate_is_shown() -> None:
     said = {line.split()[1] for line in lines if line.startswith("evaluate ")}
     assert said == {
         *("knn", "linear", "logistic", "finetune", "probe", "attention", "segment", "pca"),
-        *("video", "retrieve", "copies", "rank", "discover", "correspond", "transfer", "compare"),
+        *("video", "retrieve", "copies", "rank", "segmentation", "depth"),
+        *("discover", "correspond", "transfer", "compare"),
     }
 
 

@@ -30,7 +30,8 @@ TASKS = _tasks()
 def test_every_task_is_there() -> None:
     assert list(TASKS) == [
         *("knn", "linear", "logistic", "finetune", "probe", "attention", "segment", "pca"),
-        *("video", "retrieve", "copies", "rank", "discover", "correspond", "transfer", "compare"),
+        *("video", "retrieve", "copies", "rank", "segmentation", "depth"),
+        *("discover", "correspond", "transfer", "compare"),
     ]
 
 
@@ -60,10 +61,12 @@ def test_every_option_has_help_with_its_default(task: str) -> None:
 
 @pytest.mark.parametrize("option", ["--untrained", "--num-heads", "--train", "--test", "WEIGHTS"])
 def test_equal_options_of_tasks_are_explained_alike(option: str) -> None:
-    said = {
-        action.help
-        for parser in TASKS.values()
-        for action in parser._actions
-        if option in (*action.option_strings, action.metavar)
-    }
-    assert len(said) == 1, said
+    for of_pixels in (False, True):  # whose images have no labels
+        said = {
+            action.help
+            for task, parser in TASKS.items()
+            for action in parser._actions
+            if option in (*action.option_strings, action.metavar)
+            and (task in ("segmentation", "depth")) == of_pixels
+        }
+        assert len(said) == 1, said

@@ -73,6 +73,8 @@ def test_score_and_baselines_are_said_in_words(
         *("finetune {w} --train {i} --test {i}", "attention {w} {i} --out {o}"),
         *("attention {w} {i} {o}/sheet.png", "segment {w} {i} --out {o}", "pca {w} {i} --out {o}"),
         *("video {w} {i} --out {o}", "retrieve {w} --images {i} --ground-truth x"),
+        "segmentation {w} --train {i} --test {i} --out {o}",
+        "depth {w} --train {i} --test {i} --out {o}",
         "compare {w} --out {o} --task 'retrieve --data {i}'",
     ],
 )

@@ -1,0 +1,1 @@
+"""What tasks on single pixels share: images with targets, maps of features, a linear head."""

@@ -1,0 +1,1 @@
+"""What patch features tell of the distance of every pixel."""

@@ -1,0 +1,1 @@
+"""What patch features tell of the class of every pixel."""
