@@ -47,6 +47,7 @@ _ALONE = {
     "video": "every frame depends on those before it",
     **dict.fromkeys(("attention", "segment"), "its images, of any size, are seen one by one"),
     "retrieve": "its images, of any size, are seen one by one (with --data, ranks share them)",
+    **dict.fromkeys(("segmentation", "depth"), "its training on pixels is not distributed"),
 }
 _BASELINES = {"untrained": "the same network untrained", "floors": "without a network"}
 
