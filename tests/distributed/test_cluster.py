@@ -13,7 +13,7 @@ from dinoscale.errors import DataError
 from tests.harness import run_distributed
 from tests.unit.data_tools.tiny_features import write_features
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
 
 OPTIONS = ClusterOptions(levels=(12,), iterations=2, resampling=(1,), start="random")
 
@@ -41,7 +41,7 @@ def test_ranks_share_the_images_and_a_failure_of_one_reaches_all(tmp_path: Path)
     found = run_distributed(
         "tests.distributed.test_cluster:of_rank",
         world_size=3,
-        timeout_s=60,
+        timeout_s=120,
         good=str(good),
         bad=str(bad),
         out=str(tmp_path / "three"),
