@@ -8,6 +8,7 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -191,6 +192,14 @@ def test_windows_are_averaged_where_they_overlap() -> None:
         total[:, :, start : start + 4] += window[0].expand(2, 4, 4)
         covered[start : start + 4] += 1
     torch.testing.assert_close(slid[0], total / covered)
+
+
+def test_blocks_of_a_deep_network() -> None:
+    """Four of twelve: the last, or evenly spread, as DINOv2 counts them 3, 6, 9, 12."""
+    vit = SimpleNamespace(last_attention=print, patch_size=8, depth=12)
+    assert choose_blocks(vit, 4, "last") == (8, 9, 10, 11)
+    assert choose_blocks(vit, 4, "even") == (2, 5, 8, 11)
+    assert choose_blocks(vit, 1, "even") == (11,)
 
 
 def test_feature_maps_lie_where_their_patches_do(monkeypatch: pytest.MonkeyPatch) -> None:
