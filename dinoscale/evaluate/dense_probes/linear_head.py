@@ -63,7 +63,7 @@ class Recipe:
             base=self.lr,
             final=0.0,
             total_steps=self.iterations,
-            warmup_steps=round(self.warmup * self.iterations),
+            warmup_steps=int(self.warmup * self.iterations),
         )
 
     def protocol(self) -> dict[str, object]:
