@@ -225,7 +225,8 @@ def test_points_outside_their_pictures_and_damaged_pictures_are_left_out(
 ) -> None:
     whole = evaluate_correspond(weights, _given(pictures, _entry()), size=40)
     (pictures / "broken.png").write_bytes((pictures / "cat" / "a.png").read_bytes()[:200])
-    more = [[10, 10], [20, 20], [41, 3], [3, -1]], [[10, 13], [20, 26], [3, 3], [3, 3]]
+    inside = [[10, 10], [20, 20]], [[10, 13], [20, 26]]
+    more = inside[0] + [[41, 3], [3, -1], [5, 5]], inside[1] + [[3, 3], [3, 3], [41, 5]]
     given = _given(
         pictures,
         _entry(source_points=more[0], target_points=more[1]),
@@ -236,11 +237,11 @@ def test_points_outside_their_pictures_and_damaged_pictures_are_left_out(
     keys = ("score", "floors", "data")
     assert {key: report[key] for key in keys} == {key: whole[key] for key in keys}
     left_out = as_json(report)["left_out"]
-    assert left_out["points_outside"] == 2
+    assert left_out["points_outside"] == 3
     broken, nowhere = left_out["pairs"]
     assert "broken.png: " in broken
     assert "no key point lies on both pictures" in nowhere
-    assert "left out 2 key points" in caplog.text
+    assert "left out 3 key points" in caplog.text
 
 
 @pytest.mark.parametrize(
