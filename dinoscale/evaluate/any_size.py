@@ -31,7 +31,12 @@ from dinoscale.data.sources.listing import COMPRESSED_TAR, Listing, OtherFiles
 from dinoscale.data.sources.source import Source, StoredSource, open_source
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.features import eval_mode, require_finite
-from dinoscale.evaluate.frozen_backbone import LoadedBackbone, LoadOptions, load_frozen
+from dinoscale.evaluate.frozen_backbone import (
+    LoadedBackbone,
+    LoadOptions,
+    load_frozen,
+    load_on_ranks,
+)
 from dinoscale.evaluate.progress import bar_options
 from dinoscale.runtime.outputs import atomic_write
 
@@ -290,6 +295,18 @@ def load_whole_images(
         ConfigError: there is no such device, the size is below a patch, or it is no ViT.
     """
     return WholeImages.of(load_frozen(weights_path, options), size=size, square=square)
+
+
+def load_whole_images_on_ranks(
+    weights_path: str | Path, options: LoadOptions, *, size: int = SIZE, square: bool = False
+) -> WholeImages:
+    """`load_whole_images` where ranks share the work: all call it, and fail together.
+
+    Raises:
+        CheckpointError: as of `load_whole_images`, or ranks loaded different weights.
+        ConfigError: as of `load_whole_images`.
+    """
+    return WholeImages.of(load_on_ranks(weights_path, options), size=size, square=square)
 
 
 class NamedFolders:

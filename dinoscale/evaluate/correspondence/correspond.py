@@ -24,10 +24,9 @@ from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.across_ranks import each_on_a_rank
 from dinoscale.evaluate.any_size import (
     SIZE,
-    Fit,
-    find_patch_size,
+    WholeImages,
     image_mode,
-    open_images,
+    load_whole_images_on_ranks,
     save_picture,
     writing_to,
 )
@@ -42,12 +41,7 @@ from dinoscale.evaluate.correspondence.views import (
     WarpedPictures,
     no_place,
 )
-from dinoscale.evaluate.frozen_backbone import (
-    DEFAULT_LOADING,
-    LoadedBackbone,
-    LoadOptions,
-    load_on_ranks,
-)
+from dinoscale.evaluate.frozen_backbone import DEFAULT_LOADING, LoadOptions
 from dinoscale.evaluate.patch_features import (
     IN_WORDS,
     PatchFeatures,
@@ -114,7 +108,7 @@ class Given:
         if not self.warp and self.seed is not None:
             raise ConfigError("correspond: --seed is of --warp")
 
-    def open(self, loaded: LoadedBackbone, fit: Fit) -> Pairs:
+    def open(self, loaded: WholeImages) -> Pairs:
         """Open the pairs.
 
         Raises:
@@ -123,8 +117,8 @@ class Given:
         """
         if self.pairs is None:
             assert self.images is not None  # checked
-            source = open_images(self.images, loaded.card)
-            return WarpedPictures(source, fit, seed=self.seed or 0, limit=self.limit)
+            source = loaded.open(self.images)
+            return WarpedPictures(source, loaded.fit, seed=self.seed or 0, limit=self.limit)
         image_mode(channels=loaded.card.backbone.in_chans)
         pairs = read_pairs(self.pairs, images=self.images, split=self.split, limit=self.limit)
         return AnnotatedPairs(pairs, loaded.decoder, length_of=self.length_of)
@@ -175,11 +169,10 @@ def evaluate_correspond(
     """
     given.check()
     check_features(features)
-    loaded = load_on_ranks(weights_path, options)
-    fit = Fit(find_patch_size(loaded.backbone), size, square)
-    pairs = distributed.together(lambda: given.open(loaded, fit))
+    loaded = load_whole_images_on_ranks(weights_path, options, size=size, square=square)
+    pairs = distributed.together(lambda: given.open(loaded))
     networks = {_FOUND: loaded, **({_UNTRAINED: loaded.untrained()} if untrained else {})}
-    matcher = Matcher(pairs, fit, networks, features)
+    matcher = Matcher(pairs, networks, features)
     results, left_out = _measure(matcher, progress=options.progress)
     report = loaded.report(
         "correspond",
@@ -203,26 +196,21 @@ class Matcher:
     """Matches the key points of pairs by the features of networks and of pixels."""
 
     def __init__(
-        self,
-        pairs: Pairs,
-        fit: Fit,
-        networks: Mapping[str, LoadedBackbone],
-        features: PatchFeatures,
+        self, pairs: Pairs, networks: Mapping[str, WholeImages], features: PatchFeatures
     ) -> None:
         self.pairs = pairs
-        self._fit, self._networks, self._features = fit, networks, features
+        self._networks, self._features = networks, features
         self._kept: OrderedDict[str, _Seen] = OrderedDict()
 
     def protocol(self) -> dict[str, object]:
         """All that changes a number but the weights, ready for JSON."""
-        card = self._networks[_FOUND].card
+        loaded = self._networks[_FOUND]
         return {
             **_PROTOCOL,
             "features": IN_WORDS[self._features],
             **self.pairs.protocol(),
-            **self._fit.protocol(),
-            "mean": list(card.mean),
-            "std": list(card.std),
+            **loaded.fit.protocol(),
+            **loaded.normalisation,
         }
 
     def result(self, index: int) -> _Result:
@@ -269,7 +257,7 @@ class Matcher:
             return self._kept[view.name]
         image = view.open()
         try:
-            seen = _Seen(image.size, self._features_of(self._fit.squeeze(image)))
+            seen = _Seen(image.size, self._features_of(image))
         except DataError as error:
             raise DataError(f"{view.name}: {error}") from None
         self._kept[view.name] = seen
@@ -278,11 +266,13 @@ class Matcher:
         return seen
 
     def _features_of(self, image: Image.Image) -> dict[str, Tensor]:
+        loaded = self._networks[_FOUND]
+        squeezed = loaded.fit.squeeze(image)
         found = {
-            kind: patch_features(network, image, features=self._features)
+            kind: patch_features(network, squeezed, features=self._features)
             for kind, network in self._networks.items()
         }
-        return {**found, _PIXELS: patch_pixels(self._networks[_FOUND], image)}
+        return {**found, _PIXELS: patch_pixels(loaded, squeezed)}
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,9 @@ from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.across_ranks import each_on_a_rank
 from dinoscale.evaluate.any_size import (
     SIZE,
-    Fit,
     NamedFolders,
-    find_patch_size,
-    open_images,
+    WholeImages,
+    load_whole_images_on_ranks,
     read_image,
     writing_to,
 )
@@ -39,12 +38,7 @@ from dinoscale.evaluate.discovery.boxes import iou_of_boxes
 from dinoscale.evaluate.discovery.figure import Row, draw_rows
 from dinoscale.evaluate.discovery.regions import EXPANSION, TAU, Box, Region, lost, token_cut
 from dinoscale.evaluate.discovery.truth import Annotations, TrueObjects, Truth
-from dinoscale.evaluate.frozen_backbone import (
-    DEFAULT_LOADING,
-    LoadedBackbone,
-    LoadOptions,
-    load_on_ranks,
-)
+from dinoscale.evaluate.frozen_backbone import DEFAULT_LOADING, LoadOptions
 from dinoscale.evaluate.patch_features import (
     IN_WORDS,
     PatchFeatures,
@@ -111,7 +105,7 @@ class Settings:
         if self.expansion is not None and self.expansion < 1:
             raise ConfigError(f"expansion: need at least one patch, got {self.expansion}")
 
-    def find(self, loaded: LoadedBackbone, image: Image.Image) -> Region:
+    def find(self, loaded: WholeImages, image: Image.Image) -> Region:
         """The object of a picture of whole patches."""
         features = patch_features(loaded, image, features=self.features)
         if self.method == "tokencut":
@@ -184,11 +178,10 @@ def evaluate_discover(
     """
     settings, annotations = settings or Settings(), annotations or Annotations()
     settings.check()
-    loaded = load_on_ranks(weights_path, options)
-    fit = Fit(find_patch_size(loaded.backbone), size, square)
-    source = open_images(spec, loaded.card)
-    truth = distributed.together(lambda: annotations.find(source, spec, fit))
-    finder = _Finder(loaded, source, fit, settings)
+    loaded = load_whole_images_on_ranks(weights_path, options, size=size, square=square)
+    source = loaded.open(spec)
+    truth = distributed.together(lambda: annotations.find(source, spec, loaded.fit))
+    finder = _Finder(loaded, source, settings)
     results, damaged = _measure(finder, truth, untrained=untrained, progress=options.progress)
     report = loaded.report(
         "discover",
@@ -212,9 +205,8 @@ def evaluate_discover(
 class _Finder:
     """Finds the object of an image of a set by the features of a network."""
 
-    loaded: LoadedBackbone
+    loaded: WholeImages
     source: Source
-    fit: Fit
     settings: Settings
 
     def image(self, index: int) -> Image.Image:
@@ -223,13 +215,16 @@ class _Finder:
 
     def find(self, image: Image.Image) -> Region:
         """The object of an image at its own size."""
-        return self.settings.find(self.loaded, self.fit.squeeze(image))
+        return self.settings.find(self.loaded, self.squeezed(image))
+
+    def squeezed(self, image: Image.Image) -> Image.Image:
+        """The same image as the backbone sees it."""
+        return self.loaded.fit.squeeze(image)
 
     def protocol(self) -> dict[str, object]:
         """All that changes a number but the weights, ready for JSON."""
-        card = self.loaded.card
-        normalization = {"mean": list(card.mean), "std": list(card.std)}
-        return {**self.settings.protocol(), **_PROTOCOL, **self.fit.protocol(), **normalization}
+        seen = {**self.loaded.fit.protocol(), **self.loaded.normalisation}
+        return {**self.settings.protocol(), **_PROTOCOL, **seen}
 
 
 def _measure(
@@ -331,7 +326,7 @@ def _quality(result: _Result) -> float:
 
 def _row(finder: _Finder, truth: TrueObjects, result: _Result, *, label: str) -> Row:
     own, true = finder.image(result.index), truth.of(result.index)
-    region, image = finder.find(own), finder.fit.squeeze(own)
+    region, image = finder.find(own), finder.squeezed(own)
     width, height = own.size
     scale = np.array([image.width / width, image.height / height] * 2)
     masks = None

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dinoscale import cli
 from dinoscale.data.decoding.decode import Picture
 from dinoscale.errors import ConfigError, DataError
-from dinoscale.evaluate.any_size import Fit
+from dinoscale.evaluate.any_size import WholeImages
 from dinoscale.evaluate.correspondence.correspond import (
     SHEET,
     Given,
@@ -131,11 +131,11 @@ class _Colors(nn.Module):
 
 
 def test_features_that_are_coordinates_find_every_place_after_a_warp() -> None:
-    fit = Fit(4, size=128)
     loaded = LoadedBackbone("", _Colors(), CARD, torch.device("cpu"), DEFAULT_LOADING)
+    whole = WholeImages.of(loaded, size=128, square=False)
     for seed in range(3):
-        pairs = WarpedPictures(_Coordinates(128), fit, seed=seed, limit=None)
-        result = Matcher(pairs, fit, {"score": loaded}, "patches").result(0)
+        pairs = WarpedPictures(_Coordinates(128), whole.fit, seed=seed, limit=None)
+        result = Matcher(pairs, {"score": whole}, "patches").result(0)
         assert pck([result.errors["score"]], 0.1) == 100.0
         # The edge of the warped picture cuts some patches, which show its mean color too.
         assert pck([result.errors["score"]], 0.05) > 99.0
