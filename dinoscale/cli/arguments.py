@@ -133,10 +133,10 @@ def add_size(task: argparse.ArgumentParser, *, also: str = "") -> None:
     )
 
 
-def size_options(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of a task on whole images, by `add_size`."""
+def whole_images_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of a task on whole images, by `add_weights` and `add_size`."""
     size = {} if options.size is None else {"size": options.size}
-    return {**size, "square": options.square}
+    return {"options": load_options(options), **size, "square": options.square}
 
 
 def load_options(options: argparse.Namespace) -> LoadOptions:

@@ -11,7 +11,7 @@ from dinoscale.cli.arguments import (
     add_size,
     add_weights,
     load_options,
-    size_options,
+    whole_images_options,
 )
 
 if TYPE_CHECKING:
@@ -126,8 +126,7 @@ def _evaluate_attention(options: argparse.Namespace) -> dict[str, Any]:
         options.out,
         mass=options.mass,
         limit=options.limit,
-        options=load_options(options),
-        **size_options(options),
+        **whole_images_options(options),
     )
 
 
@@ -141,8 +140,7 @@ def _evaluate_segment(options: argparse.Namespace) -> dict[str, Any]:
         indexed=options.indexed,
         mass=options.mass,
         out=options.out,
-        options=load_options(options),
-        **size_options(options),
+        **whole_images_options(options),
     )
 
 
@@ -156,6 +154,5 @@ def _evaluate_pca(options: argparse.Namespace) -> dict[str, Any]:
         foreground=options.foreground,
         smooth=options.smooth,
         limit=options.limit,
-        options=load_options(options),
-        **size_options(options),
+        **whole_images_options(options),
     )

@@ -6,18 +6,17 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from dinoscale.cli.arguments import (
+    IMAGES_HELP,
     add_number,
     add_size,
     add_untrained,
     add_weights,
-    load_options,
-    size_options,
+    whole_images_options,
 )
 
 if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
 
-_IMAGES_HELP = "an image, a folder, tar shards, or synthetic:..."
 _FEATURES = ("keys", "patches")
 _FEATURES_HELP = "keys of the last block, or its output patches"
 
@@ -42,7 +41,7 @@ def _add_discover(tasks: SubCommands) -> None:
         " --boxes VOC2007/Annotations --untrained",
     )
     add_weights(discover)
-    discover.add_argument("images", metavar="IMAGES", help=_IMAGES_HELP)
+    discover.add_argument("images", metavar="IMAGES", help=IMAGES_HELP)
     discover.add_argument(
         "--masks", metavar="DIR", help="masks named as the images; default: KEY.mask.png in IMAGES"
     )
@@ -99,7 +98,7 @@ def _add_correspond(tasks: SubCommands) -> None:
         "--pairs", metavar="PAIRS", help="folder of SPair-71k, or a JSON file, see above"
     )
     correspond.add_argument(
-        "--images", metavar="IMAGES", help=f"folder of the JSON's images; to warp: {_IMAGES_HELP}"
+        "--images", metavar="IMAGES", help=f"folder of the JSON's images; to warp: {IMAGES_HELP}"
     )
     correspond.add_argument("--warp", action="store_true", help="match images with their warps")
     correspond.add_argument("--split", metavar="NAME", help="of SPair-71k, default test")
@@ -133,8 +132,7 @@ def _evaluate_discover(options: argparse.Namespace) -> dict[str, Any]:
         settings=Settings(options.method, options.features, options.tau, options.expansion),
         out=options.out,
         untrained=options.untrained,
-        options=load_options(options),
-        **size_options(options),
+        **whole_images_options(options),
     )
 
 
@@ -155,6 +153,5 @@ def _evaluate_correspond(options: argparse.Namespace) -> dict[str, Any]:
         features=options.features,
         out=options.out,
         untrained=options.untrained,
-        options=load_options(options),
-        **size_options(options),
+        **whole_images_options(options),
     )
