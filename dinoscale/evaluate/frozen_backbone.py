@@ -144,12 +144,7 @@ class FeatureExtractor(LoadedBackbone):
         return {**sizes, "interpolation": "bicubic", **self.normalisation}
 
     def features(
-        self,
-        source: Source,
-        network: nn.Module | None = None,
-        *,
-        output_key: str | None = OUTPUT,
-        progress: bool = True,
+        self, source: Source, network: nn.Module | None = None, *, output_key: str | None = OUTPUT
     ) -> tuple[Tensor, Tensor]:
         """Features (N, D) and labels (N,) of the readable images; all ranks of a job call it.
 
@@ -157,13 +152,12 @@ class FeatureExtractor(LoadedBackbone):
             source: labelled images, of `open`.
             network: the backbone, or a module around it; None takes the backbone.
             output_key: what the network computes, in words, for the cache; None does not cache.
-            progress: draw a bar, if the options do.
 
         Raises:
             DataError: an image has no label.
             NonFiniteError: a feature is not a finite number.
         """
-        arguments = self._arguments(output_key=output_key, progress=progress)
+        arguments = self._arguments(output_key=output_key, progress=True)
         return extract_features(self.backbone if network is None else network, source, **arguments)
 
     def unlabelled(
@@ -176,7 +170,8 @@ class FeatureExtractor(LoadedBackbone):
     ) -> tuple[Tensor, Tensor]:
         """Features (N, D) of the readable images, and their numbers in the source (N,).
 
-        Arguments and errors as of `features`, but the images need no labels.
+        Arguments and errors as of `features`, but the images need no labels; `progress` draws a
+        bar, if the options do.
         """
         arguments = self._arguments(output_key=output_key, progress=progress)
         network = self.backbone if network is None else network
