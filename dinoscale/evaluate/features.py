@@ -6,10 +6,11 @@ Shape letters: N readable images of the source, C channels, H, W pixels, D width
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +32,9 @@ from dinoscale.runtime import distributed
 from dinoscale.runtime.float32 import exact_float32
 
 log = logging.getLogger(__name__)
+
+_Counted = Literal["image", "view"]
+_UNITS: dict[_Counted, str] = {"image": "img", "view": "view"}  # of a bar
 
 PIXEL_SIDE = 16  # of the thumbnails whose pixels are the baseline
 
@@ -160,71 +164,135 @@ def extract_unlabelled(
     """
     device = torch.device(device)
     preparation = Preparation(resize, crop, tuple(mean), tuple(std))
-    forward = _Forward(
-        *(backbone, source, preparation, device),
+    forward = Forward(
+        *(backbone, device),
         batch_size=batch_size,
         num_workers=num_workers,
         progress=progress and distributed.rank() == 0,
         on_batch=on_batch,
     )
-    extract = partial(over_ranks, forward, num_images=len(source), batch_size=batch_size)
+    images = _Images(forward, source, preparation)
+    extract = partial(over_ranks, images, num_images=len(source), batch_size=batch_size)
     if output_key is None or not isinstance(source, InFiles):
         return extract()
     key = partial(features_key, backbone, source, preparation, output_key=output_key, device=device)
     return through_cache(key, extract, num_images=len(source), device=device)
 
 
+class Part(NamedTuple):
+    """What one batch of images gave: rows (n, ...) or None, their numbers (n,), and a count."""
+
+    rows: Tensor | None
+    numbers: Tensor
+    count: int  # for the bar
+
+
 @dataclass(frozen=True)
-class _Forward:
-    """The forward of the images of a source through a backbone."""
+class Forward:
+    """How images go through a backbone without gradients, batch by batch.
+
+    Attributes:
+        backbone: on the device.
+        device: of the rows.
+        batch_size: inputs of one forward.
+        num_workers: processes that decode.
+        progress: draw a bar (`bar_options`).
+        on_batch: called after each batch.
+    """
 
     backbone: nn.Module
-    source: Source
-    preparation: Preparation
     device: torch.device
     batch_size: int
     num_workers: int
     progress: bool
     on_batch: Callable[[], None]
 
-    def __call__(self, ids: NDArray[np.int64], check: Callable[[], None]) -> tuple[Tensor, Tensor]:
-        """Features of the readable images, and their indices, on the device."""
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, to which images are cast."""
+        weight = next(self.backbone.parameters(), None)
+        return torch.float32 if weight is None else weight.dtype
+
+    def empty(self, *shape: int) -> Tensor:
+        """No rows, of (*shape, D); D is 0 where the backbone does not tell its width."""
+        width = int(getattr(self.backbone, "embed_dim", 0))
+        return torch.zeros(0, *shape, width, device=self.device)
+
+    def joined(
+        self,
+        parts: Iterable[Part],
+        check: Callable[[], None],
+        *,
+        empty: Tensor,
+        total: int,
+        of: _Counted,
+    ) -> tuple[Tensor, Tensor]:
+        """Join what the batches give, each computed in eval mode.
+
+        Args:
+            parts: computed one by one, as they are asked for.
+            check: called after each batch.
+            empty: the rows if there are none: a rank's share may be empty, or wholly unreadable.
+            total: of the counts.
+            of: what is counted.
+
+        Returns:
+            Rows (N, ...), and their numbers (N,), on the device.
+
+        Raises:
+            NonFiniteError: a feature is not a finite number.
+            RunFailedError: a batch needs more memory than available.
+        """
+        rows, numbers = [empty], [torch.zeros(0, dtype=torch.int64)]
+        bar = tqdm(total=total, unit=_UNITS[of], **bar_options(shown=self.progress))
         try:
-            return self._extract(ids, check)
+            with bar, eval_mode(self.backbone), torch.no_grad():
+                for part in parts:
+                    if part.rows is not None:
+                        rows.append(part.rows)
+                        numbers.append(part.numbers)
+                    bar.update(part.count)
+                    self.on_batch()
+                    check()
+            return require_finite(torch.cat(rows[1:] or rows)), torch.cat(numbers).to(self.device)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise RunFailedError(
-                f"evaluating {self.batch_size} images at once needs more memory than available"
+                f"evaluating {self.batch_size} {of}s at once needs more memory than available"
                 f" ({str(error).split('. ')[0]}); lower the batch size (eval.batch_size of a run)"
             ) from error
 
-    def _extract(self, ids: NDArray[np.int64], check: Callable[[], None]) -> tuple[Tensor, Tensor]:
-        preparation = self.preparation
+
+@dataclass(frozen=True)
+class _Images:
+    """The images of a source, and how they are prepared for a backbone."""
+
+    forward: Forward
+    source: Source
+    preparation: Preparation
+
+    def __call__(self, ids: NDArray[np.int64], check: Callable[[], None]) -> tuple[Tensor, Tensor]:
+        """Features of the readable images, and their indices, on the device."""
+        forward = self.forward
+        parts, empty = self._parts(ids), forward.empty()
+        return forward.joined(parts, check, empty=empty, total=len(ids), of="image")
+
+    def _parts(self, ids: NDArray[np.int64]) -> Iterator[Part]:
+        forward, preparation = self.forward, self.preparation
         batches = eval_batches(
             self.source,
             ids=ids,
             resize=preparation.resize,
             crop=preparation.crop,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            pin_memory=self.device.type == "cuda",
+            batch_size=forward.batch_size,
+            num_workers=forward.num_workers,
+            pin_memory=forward.device.type == "cuda",
         )
-        weight = next(self.backbone.parameters(), None)
-        dtype = torch.float32 if weight is None else weight.dtype
-        # A rank's share may be empty, or wholly unreadable.
-        features = [torch.zeros(0, int(getattr(self.backbone, "embed_dim", 0)), device=self.device)]
-        numbers = [torch.zeros(0, dtype=torch.int64)]
-        bar = tqdm(total=len(ids), unit="img", **bar_options(shown=self.progress))
-        with bar, eval_mode(self.backbone), torch.no_grad():
-            for images, _, of_batch in batches:
-                moved = images.to(self.device, non_blocking=True)
-                pixels = normalize_images(moved, mean=preparation.mean, std=preparation.std)
-                features.append(self.backbone([pixels.to(dtype)]).float())
-                numbers.append(of_batch)
-                bar.update(len(of_batch))
-                self.on_batch()
-                check()
-        joined = require_finite(torch.cat(features[1:] or features))
-        return joined, torch.cat(numbers).to(self.device)
+        dtype = forward.dtype
+        for images, _, numbers in batches:
+            moved = images.to(forward.device, non_blocking=True)
+            pixels = normalize_images(moved, mean=preparation.mean, std=preparation.std)
+            rows = forward.backbone([pixels.to(dtype)]).float()
+            yield Part(rows, numbers, len(numbers))
 
 
 def require_finite(features: Tensor) -> Tensor:

@@ -6,23 +6,20 @@ columns, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dinoscale.data.augmentation.color_jitter import finish_crops
 from dinoscale.data.augmentation.multi_crop import MultiCrop
 from dinoscale.data.sources.source import Source
-from dinoscale.errors import RunFailedError
 from dinoscale.evaluate.across_ranks import over_ranks
-from dinoscale.evaluate.features import eval_mode, require_finite
+from dinoscale.evaluate.features import Forward, Part
 from dinoscale.evaluate.label_free.views import augmented_views
-from dinoscale.evaluate.progress import bar_options
 from dinoscale.runtime import distributed
 
 
@@ -72,81 +69,63 @@ def extract_views(
         UnavailableError: the file of an image cannot be read at all.
     """
     at_once = max(1, batch_size // num_views)  # images
-    forward = _Forward(
-        *(backbone, source, multi_crop, num_views, tuple(mean), tuple(std), device),
-        images_at_once=at_once,
+    forward = Forward(
+        *(backbone, device),
         batch_size=batch_size,
         num_workers=num_workers,
         progress=progress and distributed.rank() == 0,
         on_batch=on_batch,
     )
-    features, _ = over_ranks(forward, num_images=len(source), batch_size=at_once)
+    views = _Views(
+        *(forward, source, multi_crop, num_views, tuple(mean), tuple(std)), images_at_once=at_once
+    )
+    features, _ = over_ranks(views, num_images=len(source), batch_size=at_once)
     return features
 
 
 @dataclass(frozen=True)
-class _Forward:
-    """The forward of the views of images through a backbone."""
+class _Views:
+    """The views of the images of a source, and how they are prepared for a backbone."""
 
-    backbone: nn.Module
+    forward: Forward
     source: Source
     multi_crop: MultiCrop
     num_views: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    device: torch.device
     images_at_once: int
-    batch_size: int
-    num_workers: int
-    progress: bool
-    on_batch: Callable[[], None]
 
     def __call__(self, ids: NDArray[np.int64], check: Callable[[], None]) -> tuple[Tensor, Tensor]:
         """Features (n, q, D) of the readable images, and their numbers (n,)."""
-        try:
-            return self._extract(ids, check)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise RunFailedError(
-                f"{self.batch_size} views at once need more memory than available; lower the batch"
-                " size (eval.batch_size of a run)"
-            ) from error
+        forward, total = self.forward, len(ids) * self.num_views
+        parts, empty = self._parts(ids), forward.empty(self.num_views)
+        return forward.joined(parts, check, empty=empty, total=total, of="view")
 
-    def _extract(self, ids: NDArray[np.int64], check: Callable[[], None]) -> tuple[Tensor, Tensor]:
+    def _parts(self, ids: NDArray[np.int64]) -> Iterator[Part]:
         batches = augmented_views(
             *(self.source, self.multi_crop, ids),
             num_views=self.num_views,
             batch_size=self.images_at_once,
-            num_workers=self.num_workers,
-            pin_memory=self.device.type == "cuda",
+            num_workers=self.forward.num_workers,
+            pin_memory=self.forward.device.type == "cuda",
         )
-        # A rank's share may be empty, or wholly unreadable.
-        width = int(getattr(self.backbone, "embed_dim", 0))
-        rows = [torch.zeros(0, self.num_views, width, device=self.device)]
-        numbers = [torch.zeros(0, dtype=torch.int64)]
-        bar = tqdm(total=len(ids) * self.num_views, unit="view", **bar_options(shown=self.progress))
-        with bar, eval_mode(self.backbone), torch.no_grad():
-            for batch in batches:
-                if len(batch.ids):
-                    found = self._features(batch.crops, batch.params)
-                    rows.append(found.unflatten(0, (len(batch.ids), self.num_views)))
-                    numbers.append(batch.ids)
-                bar.update(self.num_views * (len(batch.ids) + len(batch.bad)))
-                self.on_batch()
-                check()
-        return require_finite(torch.cat(rows[1:] or rows)), torch.cat(numbers).to(self.device)
+        for batch in batches:
+            rows = None
+            if len(batch.ids):
+                found = self._features(batch.crops, batch.params)
+                rows = found.unflatten(0, (len(batch.ids), self.num_views))
+            yield Part(rows, batch.ids, self.num_views * (len(batch.ids) + len(batch.bad)))
 
     def _features(self, crops: Tensor, params: NDArray[np.void]) -> Tensor:
         """Features (M, D) of crops (M, H, H, C), at most a batch at a time."""
-        weight = next(self.backbone.parameters(), None)
-        dtype = torch.float32 if weight is None else weight.dtype
-        parts = []
-        for first in range(0, len(crops), self.batch_size):
+        forward, parts = self.forward, []
+        for first in range(0, len(crops), forward.batch_size):
             finished = finish_crops(
-                crops[first : first + self.batch_size].to(self.device, non_blocking=True),
-                params[first : first + self.batch_size],
+                crops[first : first + forward.batch_size].to(forward.device, non_blocking=True),
+                params[first : first + forward.batch_size],
                 mean=self.mean,
                 std=self.std,
                 compiled=False,
             )
-            parts.append(self.backbone([finished.to(dtype)]).float())
+            parts.append(forward.backbone([finished.to(forward.dtype)]).float())
         return torch.cat(parts)
