@@ -17,6 +17,7 @@ from dinoscale.cli.arguments import (
 if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
     from dinoscale.evaluate.dense_probes.linear_head import Recipe
+    from dinoscale.evaluate.dense_probes.probe import ProbeOptions
     from dinoscale.evaluate.segmentation.layouts import Layout
     from dinoscale.evaluate.segmentation.protocols import Knn, Linear, Logistic
 
@@ -193,9 +194,8 @@ def _evaluate_segmentation(options: argparse.Namespace) -> dict[str, Any]:
         options.weights,
         _layout(options),
         protocol=_protocol(options),
-        layers=options.layers,
         pictures=options.pictures,
-        **_common(options),
+        options=_probe_options(options),
     )
 
 
@@ -222,20 +222,18 @@ def _evaluate_depth(options: argparse.Namespace) -> dict[str, Any]:
             eigen_crop=options.eigen_crop,
             recipe=_recipe(RECIPE, given),
         ),
-        layers=options.layers,
-        **_common(options),
+        options=_probe_options(options),
     )
 
 
-def _common(options: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "precision": options.precision,
-        "seed": options.seed,
-        "untrained": options.untrained,
-        "pixels": options.pixels,
-        "out": options.out,
-        "options": extraction_options(options, batch_size=options.batch_size),
-    }
+def _probe_options(options: argparse.Namespace) -> ProbeOptions:
+    from dinoscale.evaluate.dense_probes.probe import ProbeOptions
+
+    named = ("layers", "precision", "seed", "untrained", "pixels", "out")
+    return ProbeOptions(
+        **vars(extraction_options(options, batch_size=options.batch_size)),
+        **{name: getattr(options, name) for name in named},
+    )
 
 
 def _layout(options: argparse.Namespace) -> Layout:

@@ -28,6 +28,37 @@ from dinoscale.evaluate.frozen_backbone import ExtractionOptions, LoadedBackbone
 FeaturesName = Literal["trained", "untrained", "colors"]
 
 
+@dataclass(frozen=True)
+class ProbeOptions(ExtractionOptions):
+    """How the features of single pixels are measured, whatever is learned from them.
+
+    Attributes:
+        layers: number of blocks whose patch tokens are joined.
+        precision: of the forward of the backbone; None is bf16 on a GPU, fp32 on a CPU.
+        seed: of all random numbers, >= 0.
+        untrained: also measure the same architecture with fresh weights.
+        pixels: also measure the pixels of each patch as its features.
+        out: safetensors file for the head, if one is trained; the state of its training lies beside
+            it, from which the same call resumes to the same numbers. None writes nothing.
+    """
+
+    layers: int = 1
+    precision: Precision | None = None
+    seed: int = 0
+    untrained: bool = False
+    pixels: bool = False
+    out: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        super().__post_init__()
+        if self.seed < 0:
+            raise ConfigError(f"seed: need 0 or more, got {self.seed}")
+
+
+DEFAULT_PROBING = ProbeOptions()
+
+
 class Features(NamedTuple):
     """Features to measure: their name, what makes maps of them, and of which backbone."""
 
@@ -47,7 +78,6 @@ class Probe:
         reading: how images are read.
         seed: of all random numbers.
         out: file of the trained head, if it is kept.
-        network: teacher or student.
     """
 
     loaded: LoadedBackbone
@@ -56,30 +86,15 @@ class Probe:
     reading: Reading
     seed: int
     out: Path | None
-    network: str
 
     @classmethod
-    def open(
-        cls,
-        weights_path: str | Path,
-        options: ExtractionOptions,
-        *,
-        layers: int,
-        spread: Spread,
-        precision: Precision | None,
-        seed: int,
-        out: str | Path | None,
-    ) -> Probe:
+    def open(cls, weights_path: str | Path, options: ProbeOptions, *, spread: Spread) -> Probe:
         """Load a backbone.
 
         Args:
             weights_path: any weights of a ViT that `load_backbone` reads.
-            options: which network and device, images of one forward, processes that decode.
-            layers: number of blocks.
-            spread: which blocks these are, as of `choose_blocks`.
-            precision: None is bf16 on a GPU, fp32 on a CPU.
-            seed: >= 0.
-            out: file to write; None writes nothing.
+            options: what to load, and how to measure it.
+            spread: which blocks are joined, as of `choose_blocks`.
 
         Raises:
             CheckpointError: the weights cannot be used.
@@ -87,19 +102,17 @@ class Probe:
                 device.
             OutputError: `out` is a file that this program did not write.
         """
-        if seed < 0:
-            raise ConfigError(f"seed: need 0 or more, got {seed}")
-        target = check_target(out, weights_path)
+        target = check_target(options.out, weights_path)
         loaded = load_frozen(weights_path, options)
-        blocks = choose_blocks(loaded.backbone, layers, spread)
+        blocks = choose_blocks(loaded.backbone, options.layers, spread)
         reading = Reading(
             *(loaded.card.mean, loaded.card.std, loaded.device),
             batch_size=options.batch_size,
             num_workers=options.num_workers,
             progress=options.progress,
         )
-        chosen = precision or ("bf16" if loaded.device.type == "cuda" else "fp32")
-        return cls(loaded, blocks, chosen, reading, seed, target, options.network)
+        chosen = options.precision or ("bf16" if loaded.device.type == "cuda" else "fp32")
+        return cls(loaded, blocks, chosen, reading, options.seed, target)
 
     def features(self, name: FeaturesName) -> Features:
         """Those of the weights, of fresh weights, or the pixels of each patch."""
@@ -114,13 +127,12 @@ class Probe:
     def protocol(self) -> dict[str, object]:
         """All of it that changes a number, ready for JSON."""
         return {
-            "network": self.network,
+            "network": self.loaded.options.network,
             "features": "patch tokens of these blocks through the final norm, joined",
             "blocks": list(self.blocks),
             "precision": self.precision,
             "seed": self.seed,
-            "mean": list(self.loaded.card.mean),
-            "std": list(self.loaded.card.std),
+            **self.loaded.normalisation,
         }
 
     def trained_head(

@@ -20,8 +20,14 @@ from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.dense_probes.linear_head import HeadTraining, LinearHead, Recipe
 from dinoscale.evaluate.dense_probes.pair_crops import CropRule, ResizeShort
 from dinoscale.evaluate.dense_probes.pairs import Pairs, open_pairs, whole_images
-from dinoscale.evaluate.dense_probes.patch_maps import Maps, Precision
-from dinoscale.evaluate.dense_probes.probe import Features, FeaturesName, Probe
+from dinoscale.evaluate.dense_probes.patch_maps import Maps
+from dinoscale.evaluate.dense_probes.probe import (
+    DEFAULT_PROBING,
+    Features,
+    FeaturesName,
+    Probe,
+    ProbeOptions,
+)
 from dinoscale.evaluate.dense_probes.sliding import to_pixels
 from dinoscale.evaluate.dense_probes.target_files import Part, TargetFiles
 from dinoscale.evaluate.depth.bins import BINS, LEAST, SHARE, bins_loss, depth_of
@@ -35,7 +41,6 @@ from dinoscale.evaluate.depth.depth_files import (
     DepthTargets,
     eigen_crop,
 )
-from dinoscale.evaluate.frozen_backbone import DEFAULT_EXTRACTION, ExtractionOptions
 
 log = logging.getLogger(__name__)
 
@@ -97,13 +102,7 @@ def evaluate_depth(
     test: Part,
     *,
     protocol: DepthProtocol,
-    layers: int = 1,
-    precision: Precision | None = None,
-    seed: int = 0,
-    untrained: bool = False,
-    pixels: bool = False,
-    out: str | Path | None = None,
-    options: ExtractionOptions = DEFAULT_EXTRACTION,
+    options: ProbeOptions = DEFAULT_PROBING,
 ) -> dict[str, object]:
     """Learn the depth of pixels from patch features of one set, and test it on another.
 
@@ -112,14 +111,8 @@ def evaluate_depth(
         train: images and depth pictures to learn from.
         test: those to test on.
         protocol: how.
-        layers: number of blocks, evenly spread over the network, whose patch tokens are joined.
-        precision: of the forward of the backbone; None is bf16 on a GPU, fp32 on a CPU.
-        seed: of the head and its crops, >= 0.
-        untrained: also measure the same architecture with fresh weights.
-        pixels: also measure the pixels of each patch as its features.
-        out: safetensors file for the head; the state of its training lies beside it, from which the
-            same call resumes to the same numbers. None writes nothing.
-        options: which network and device, images of one forward, processes that decode.
+        options: which network and device, and what is measured; the blocks are evenly spread over
+            the network.
 
     Returns:
         The report, ready for JSON: `score` has threshold accuracies in percent, `errors` those that
@@ -132,21 +125,14 @@ def evaluate_depth(
         DataError: a set cannot be read, a depth picture cannot be used, or all of it is holes.
         NonFiniteError: a feature is not a finite number, or the training diverged.
     """
-    probe = Probe.open(
-        *(weights_path, options),
-        layers=layers,
-        spread="even",
-        precision=precision,
-        seed=seed,
-        out=out,
-    )
+    probe = Probe.open(weights_path, options, spread="even")
     sets = [_open(probe, part, protocol) for part in (train, test)]
     run = _Run(probe, sets[0], sets[1], protocol)
     report = run.report()
-    if untrained:
+    if options.untrained:
         fresh = run.measured("untrained").mirrored
         report |= {"untrained": fresh.deltas(), "untrained_errors": fresh.errors()}
-    report |= run.floors(pixels=pixels)
+    report |= run.floors(pixels=options.pixels)
     probe.forget_states()
     return report
 

@@ -19,10 +19,14 @@ from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.any_size import image_mode, save_picture, writing_to
 from dinoscale.evaluate.dense.mask_pictures import GAP, compare
 from dinoscale.evaluate.dense_probes.pairs import Pairs, open_pairs, whole_images
-from dinoscale.evaluate.dense_probes.patch_maps import Precision
-from dinoscale.evaluate.dense_probes.probe import Features, FeaturesName, Probe
+from dinoscale.evaluate.dense_probes.probe import (
+    DEFAULT_PROBING,
+    Features,
+    FeaturesName,
+    Probe,
+    ProbeOptions,
+)
 from dinoscale.evaluate.dense_probes.target_files import Part, TargetFiles
-from dinoscale.evaluate.frozen_backbone import DEFAULT_EXTRACTION, ExtractionOptions
 from dinoscale.evaluate.overlap import find_overlap
 from dinoscale.evaluate.segmentation.confusion import (
     Confusion,
@@ -47,14 +51,8 @@ def evaluate_segmentation(
     layout: Layout,
     *,
     protocol: Protocol,
-    layers: int = 1,
-    precision: Precision | None = None,
-    seed: int = 0,
-    untrained: bool = False,
-    pixels: bool = False,
-    out: str | Path | None = None,
     pictures: str | Path | None = None,
-    options: ExtractionOptions = DEFAULT_EXTRACTION,
+    options: ProbeOptions = DEFAULT_PROBING,
 ) -> dict[str, object]:
     """Learn the classes of pixels from patch features of one set, and test them on another.
 
@@ -62,16 +60,10 @@ def evaluate_segmentation(
         weights_path: any weights of a ViT that `load_backbone` reads.
         layout: images and masks of both sets, and what the masks mean.
         protocol: what is learned, with its published numbers as defaults.
-        layers: number of last blocks whose patch tokens are joined.
-        precision: of the forward of the backbone; None is bf16 on a GPU, fp32 on a CPU.
-        seed: of the bank, or of the head and its crops, >= 0.
-        untrained: also measure the same architecture with fresh weights.
-        pixels: also measure the pixels of each patch as its features.
-        out: safetensors file for the head of `Linear`; the state of its training lies beside it,
-            from which the same call resumes to the same numbers. None writes nothing.
         pictures: folder for a sheet of test images with their found and true classes; None draws
             nothing.
-        options: which network and device, images of one forward, processes that decode.
+        options: which network and device, and what is measured; the blocks are the last ones, and
+            only `Linear` trains a head to keep.
 
     Returns:
         The report, ready for JSON: `score` in percent, `iou` of each class, baselines.
@@ -83,24 +75,17 @@ def evaluate_segmentation(
         DataError: a set cannot be read, a mask cannot be used, or there is only one class.
         NonFiniteError: a feature is not a finite number, or the training diverged.
     """
-    if out is not None and not isinstance(protocol, Linear):
+    if options.out is not None and not isinstance(protocol, Linear):
         raise ConfigError("out: only --protocol linear trains a head to keep. Leave it out.")
-    probe = Probe.open(
-        *(weights_path, options),
-        layers=layers,
-        spread="last",
-        precision=precision,
-        seed=seed,
-        out=out,
-    )
+    probe = Probe.open(weights_path, options, spread="last")
     folder = None if pictures is None else Path(pictures)
     if folder is not None:
         image_mode(channels=probe.loaded.card.backbone.in_chans)
     run = _Run(probe, _open(probe, layout), protocol, layout.rule, folder)
     report = run.report()
-    if untrained:
+    if options.untrained:
         report["untrained"] = run.measured("untrained")[0].score()
-    report |= run.floors(pixels=pixels)
+    report |= run.floors(pixels=options.pixels)
     probe.forget_states()
     return report
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +15,18 @@ from PIL import Image
 from dinoscale import cli
 from dinoscale.convert.weights_file import BackboneCard, BackboneShape, save_backbone
 from dinoscale.errors import ConfigError, DataError
+from dinoscale.evaluate.dense_probes.probe import ProbeOptions
 from dinoscale.evaluate.dense_probes.target_files import Part, TargetFiles
 from dinoscale.evaluate.depth.bins import bins_loss, depth_of, sig_loss
 from dinoscale.evaluate.depth.depth import DepthProtocol, evaluate_depth
 from dinoscale.evaluate.depth.depth_errors import DepthErrors
 from dinoscale.evaluate.depth.depth_files import DepthRange, DepthTargets, eigen_crop
-from dinoscale.evaluate.frozen_backbone import ExtractionOptions
 from dinoscale.models.zoo import build_backbone
 
 SHAPE = BackboneShape(
     "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=32, depth=4, num_heads=1
 )
-OPTIONS = ExtractionOptions(num_workers=0, batch_size=4, progress=False)
+OPTIONS = ProbeOptions(num_workers=0, batch_size=4, progress=False)
 RANGE = DepthRange()
 SCALE = 1000.0
 
@@ -137,10 +138,7 @@ def test_dark_pixels_are_far(parts: list[Part], weights: Path, tmp_path: Path) -
         weights,
         *parts,
         protocol=_small(iterations=150),
-        layers=4,
-        pixels=True,
-        out=out,
-        options=OPTIONS,
+        options=replace(OPTIONS, layers=4, pixels=True, out=out),
     )
     floor = report["baselines"]["mean_depth"]
     assert report["errors"]["rmse"] < 0.9 * floor["rmse"]

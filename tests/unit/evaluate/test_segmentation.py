@@ -28,10 +28,10 @@ from dinoscale.evaluate.dense_probes import linear_head, patch_maps
 from dinoscale.evaluate.dense_probes.linear_head import LinearHead, Recipe
 from dinoscale.evaluate.dense_probes.pair_crops import CropRule, cut_pair
 from dinoscale.evaluate.dense_probes.patch_maps import BlockMaps, PixelMaps, choose_blocks
+from dinoscale.evaluate.dense_probes.probe import ProbeOptions
 from dinoscale.evaluate.dense_probes.sliding import slide, to_pixels, window_starts
 from dinoscale.evaluate.dense_probes.target_files import Part
 from dinoscale.evaluate.depth.depth import DepthProtocol
-from dinoscale.evaluate.frozen_backbone import ExtractionOptions
 from dinoscale.evaluate.segmentation.confusion import Confusion, enlarged_argmax
 from dinoscale.evaluate.segmentation.index_masks import VOID, MaskRule, patch_classes
 from dinoscale.evaluate.segmentation.layouts import Layout, find_layout
@@ -44,7 +44,7 @@ from dinoscale.models.zoo import build_backbone
 SHAPE = BackboneShape(
     "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=1
 )
-OPTIONS = ExtractionOptions(num_workers=0, batch_size=4, progress=False)
+OPTIONS = ProbeOptions(num_workers=0, batch_size=4, progress=False)
 COLORS = np.array([[200, 30, 30], [20, 190, 40], [20, 40, 200]])
 SMALL = {"size": 24}
 
@@ -273,7 +273,7 @@ def test_halves_are_told_apart(
     protocol: Knn | Logistic | Linear, sets: Layout, weights: Path
 ) -> None:
     report = evaluate_segmentation(
-        weights, sets, protocol=protocol, layers=2, pixels=True, options=OPTIONS
+        weights, sets, protocol=protocol, options=replace(OPTIONS, layers=2, pixels=True)
     )
     floor = report["baselines"]["most_frequent_class"]
     assert report["score"]["miou"] > 1.5 * floor["miou"]
@@ -456,7 +456,7 @@ def test_interrupted_training_resumes_to_the_same_numbers(
 
     def trained(name: str) -> dict[str, object]:
         return evaluate_segmentation(
-            weights, sets, protocol=LINEAR, out=tmp_path / name, options=OPTIONS
+            weights, sets, protocol=LINEAR, options=replace(OPTIONS, out=tmp_path / name)
         )
 
     expected = trained("whole.safetensors")
