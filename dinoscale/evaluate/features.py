@@ -180,11 +180,11 @@ def extract_unlabelled(
 
 
 class Part(NamedTuple):
-    """What one batch of images gave: rows (n, ...) or None, their numbers (n,), and a count."""
+    """What one batch of images gave: rows (n, ...) or None, their numbers (n,)."""
 
     rows: Tensor | None
     numbers: Tensor
-    count: int  # for the bar
+    seen: int  # images or views, for the bar
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ class Forward:
             parts: computed one by one, as they are asked for.
             check: called after each batch.
             empty: the rows if there are none: a rank's share may be empty, or wholly unreadable.
-            total: of the counts.
+            total: images or views of all parts.
             of: what is counted.
 
         Returns:
@@ -251,7 +251,7 @@ class Forward:
                     if part.rows is not None:
                         rows.append(part.rows)
                         numbers.append(part.numbers)
-                    bar.update(part.count)
+                    bar.update(part.seen)
                     self.on_batch()
                     check()
             return require_finite(torch.cat(rows[1:] or rows)), torch.cat(numbers).to(self.device)
