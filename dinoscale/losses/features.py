@@ -9,11 +9,10 @@ With x a feature of the student, already of the teacher's width D, and y the tea
 Mean and variance are those of the D channels of one feature: a layer norm without parameters, so
 that a weight means the same whatever the lengths of a teacher's features.
 
-Shape letters: N crops, P and Q patches of each, D width.
+Shape letters: N crops, P patches of each, D width.
 Source: [D] ours; published distillations of DINOv2 and DINOv3 go through the teacher's heads.
 """
 
-import math
 from typing import Literal
 
 import torch
@@ -53,28 +52,3 @@ def feature_distances(student: Tensor, target: Tensor, *, kind: FeatureLoss) -> 
     with torch.autocast(student.device.type, enabled=False):
         z = F.layer_norm(target.to(dtype), target.shape[-1:], eps=_EPS)
         return F.smooth_l1_loss(student.to(dtype), z, reduction="none").flatten(1).mean(1)
-
-
-def on_grid(features: Tensor, *, num_patches: int) -> Tensor:
-    """Features of a square grid of patches, resized bilinearly to another one.
-
-    To a coarser grid with antialias: each patch of it is a mean of those that it covers.
-
-    Args:
-        features: (N, Q, D), any float dtype.
-        num_patches: P.
-
-    Returns:
-        (N, P, D) in at least float32; `features` if Q is P.
-
-    Raises:
-        ValueError: Q or P is not a square.
-    """
-    found, wanted = (math.isqrt(count) for count in (features.shape[1], num_patches))
-    if (found**2, wanted**2) != (features.shape[1], num_patches):
-        raise ValueError(f"need square grids, got {features.shape[1]} and {num_patches} patches")
-    if found == wanted:
-        return features
-    maps = features.to(at_least_float32(features)).mT.unflatten(2, (found, found))
-    maps = F.interpolate(maps, size=(wanted, wanted), mode="bilinear", antialias=True)
-    return maps.flatten(2).mT

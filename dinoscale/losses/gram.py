@@ -12,7 +12,6 @@ holds a gradient as large as the features and twice `CHUNK` elements, however ma
 are. L is a scalar, so the backward pass only scales the gradient that the forward has computed.
 """
 
-import math
 from typing import Any, Literal
 
 import torch
@@ -41,7 +40,7 @@ def gram_loss(
 
     Args:
         student: patch features after the final norm (N, P, D), any float dtype.
-        target: features of the same patches (N, P, D), likewise, without gradient; see `resized`.
+        target: features of the same patches (N, P, D), likewise, without gradient.
         per_crop: compare patches of one crop; otherwise those of all crops with each other.
         negatives: whether similarities below 0 count as 0, on both sides or in the target alone.
         chosen: bool (N, P), patches that count, across crops only; None for all.
@@ -84,31 +83,6 @@ def gram_difference(
         x, y = x.flatten(0, 1)[None], y.flatten(0, 1)[None]
     loss: Tensor = _SquaredDifferences.apply(x, y, negatives)  # type: ignore[no-untyped-call]
     return loss / entries
-
-
-def resized(features: Tensor, *, num_patches: int) -> Tensor:
-    """Features of a square grid of patches, resized bicubically to another one, without antialias.
-
-    The authors resize the target's features before they are normalised.
-
-    Args:
-        features: (N, Q, D), any float dtype.
-        num_patches: P.
-
-    Returns:
-        (N, P, D) in at least float32; `features` if Q is P.
-
-    Raises:
-        ValueError: Q or P is not a square.
-    """
-    found, wanted = (math.isqrt(count) for count in (features.shape[1], num_patches))
-    if (found**2, wanted**2) != (features.shape[1], num_patches):
-        raise ValueError(f"need square grids, got {features.shape[1]} and {num_patches} patches")
-    if found == wanted:
-        return features
-    maps = features.to(at_least_float32(features)).mT.unflatten(2, (found, found))
-    maps = F.interpolate(maps, size=(wanted, wanted), mode="bicubic", align_corners=False)
-    return maps.flatten(2).mT
 
 
 class _SquaredDifferences(torch.autograd.Function):

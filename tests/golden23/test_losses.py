@@ -15,9 +15,10 @@ from torch import Tensor
 
 from dinoscale.losses.centering import teacher_probs, updated_center
 from dinoscale.losses.dino import dino_loss, dino_loss_of_prototypes
-from dinoscale.losses.gram import Negatives, gram_difference, gram_loss, resized
+from dinoscale.losses.gram import Negatives, gram_difference, gram_loss
 from dinoscale.losses.ibot import PatchTargets, patch_loss_of_prototypes
 from dinoscale.losses.koleo import koleo_loss
+from dinoscale.losses.patch_grid import resized
 from dinoscale.losses.sinkhorn import Reduction, sinkhorn_center
 from tests.thread_ranks import on_ranks
 
@@ -303,7 +304,7 @@ def test_gram_loss_of_resized_targets(golden23_tensors: Tensors, golden23_json: 
         student = tensors[f"case{number}.student"].requires_grad_()
         target, masks = (tensors[f"case{number}.{name}"] for name in ("teacher", "masks"))
         chosen = {"all": None, "masked": masks, "unmasked": ~masks}[case["tokens_used"]]
-        used = resized(target, num_patches=student.shape[1])
+        used = resized(target, num_patches=student.shape[1], interpolation="bicubic")
         loss = gram_loss(
             student,
             used,

@@ -12,7 +12,7 @@ from dinoscale.config.resolve import RunPlan
 from dinoscale.config.schema import RunConfig
 from dinoscale.engine.frozen.teacher import FrozenTeacher
 from dinoscale.engine.micro_batch import FeatureTargets, MicroBatch
-from dinoscale.losses.features import on_grid
+from dinoscale.losses.patch_grid import resized
 from dinoscale.models.network import FeatureNetwork
 from dinoscale.runtime.float32 import tensor_cores
 
@@ -36,5 +36,5 @@ class FeatureTeacher(FrozenTeacher[FeatureNetwork]):
         if patches is not None:
             assert self._patch_size is not None  # the student has patches, too
             side = images.shape[-1] // self._patch_size
-            patches = on_grid(patches, num_patches=side**2)
+            patches = resized(patches, num_patches=side**2, interpolation="bilinear")
         return FeatureTargets(classes, patches)

@@ -14,7 +14,7 @@ from dinoscale.config.schema import RunConfig
 from dinoscale.config.sections.objectives import GramConfig
 from dinoscale.engine.frozen.network import FrozenBackbone
 from dinoscale.engine.micro_batch import MicroBatch
-from dinoscale.losses.gram import resized
+from dinoscale.losses.patch_grid import resized
 
 
 def crop_size_of(config: RunConfig) -> int:
@@ -53,7 +53,7 @@ class GramNetwork:
         assert batch.gram_crops is not None
         _, features = self.backbone.tokens(batch.gram_crops.flatten(0, 1))
         side = batch.global_crops.shape[-1] // self.backbone.network.backbone.patch_size
-        return resized(features, num_patches=side**2)
+        return resized(features, num_patches=side**2, interpolation="bicubic")
 
     def update(self, step: int, ema: Sequence[Tensor]) -> None:
         """Refresh the weights if that is due.

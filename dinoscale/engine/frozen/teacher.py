@@ -21,7 +21,7 @@ from dinoscale.engine.ds_config import teacher_config
 from dinoscale.engine.frozen.weights import Partitioned
 from dinoscale.engine.shards import Layout
 from dinoscale.engine.student import materialize
-from dinoscale.losses.gram import resized
+from dinoscale.losses.patch_grid import resized
 from dinoscale.models.network import DinoNetwork, Objective
 from dinoscale.runtime import distributed
 
@@ -58,8 +58,8 @@ class DistillingNetwork(DinoNetwork):
             return super().forward(crops, keep, objective, masks, patch_rows, coordinates)
         tokens, patches = self.backbone(crops, keep, all_patches=True)
         side = crops[0].shape[-1] // self._patch_size
-        on_grid = resized(patches, num_patches=side**2).to(patches.dtype)
-        chosen = on_grid.flatten(0, 1).index_select(0, patch_rows)
+        on_grid = resized(patches, num_patches=side**2, interpolation="bicubic")
+        chosen = on_grid.to(patches.dtype).flatten(0, 1).index_select(0, patch_rows)
         return torch.stack(self._of_heads(tokens, chosen, objective)).sum()
 
 

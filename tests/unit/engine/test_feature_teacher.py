@@ -12,7 +12,8 @@ from dinoscale.engine.build import build_networks, loss_weights_of, shapes_only
 from dinoscale.engine.frozen.features import FeatureTeacher
 from dinoscale.engine.micro_batch import FeatureTargets, MicroBatch, MicroBatchLoss, Targets
 from dinoscale.engine.model_sizes import dims_of, flops_of
-from dinoscale.losses.features import feature_distances, on_grid
+from dinoscale.losses.features import feature_distances
+from dinoscale.losses.patch_grid import resized
 from dinoscale.models.network import FeatureNetwork
 from dinoscale.models.sync_bn import convert_sync_batch_norm
 from dinoscale.training.feed import masks_of
@@ -164,7 +165,8 @@ def test_a_teacher_gives_the_features_of_its_backbone_in_evaluation(kind: str) -
     if patches is None:
         assert found.patches is None
     else:
-        torch.testing.assert_close(found.patches, on_grid(patches, num_patches=PATCHES))
+        on_grid = resized(patches, num_patches=PATCHES, interpolation="bilinear")
+        torch.testing.assert_close(found.patches, on_grid)
     rounded = FeatureTeacher(network, config, plan, torch.bfloat16)
     rounded.load(weights, identity="given")
     near = torch.cosine_similarity(rounded.targets(batch).classes.float(), classes, dim=-1)

@@ -14,7 +14,7 @@ from dinoscale.engine.build import build_networks
 from dinoscale.engine.frozen.teacher import DistillingNetwork, FrozenTeacher
 from dinoscale.engine.model_sizes import dims_of, flops_of
 from dinoscale.errors import ConfigError
-from dinoscale.losses.gram import resized
+from dinoscale.losses.patch_grid import resized
 from dinoscale.models.network import DinoNetwork
 from dinoscale.planning.plan.communication import transfers
 from dinoscale.planning.plan.memory_model import peak, persistent
@@ -78,10 +78,10 @@ def test_chosen_patches_are_those_of_the_students_grid(patch_size: int) -> None:
     with torch.no_grad():
         classes, patches = network.backbone([images], all_patches=True)
         assert network.patch_head is not None
-        on_grid = resized(patches, num_patches=16).flatten(0, 1)[masks.rows]
+        on_grid = resized(patches, num_patches=16, interpolation="bicubic")
         expected = {
             "classes": network.head.unit_vectors(classes),
-            "patches": network.patch_head.unit_vectors(on_grid),
+            "patches": network.patch_head.unit_vectors(on_grid.flatten(0, 1)[masks.rows]),
         }
     assert found.keys() == expected.keys()
     for name, rows in expected.items():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinoscale.losses.features import FeatureLoss, feature_distances, on_grid
+from dinoscale.losses.features import FeatureLoss, feature_distances
 
 
 def _features(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -58,24 +58,3 @@ def test_low_precision_is_computed_in_float32() -> None:
 def test_shapes_that_disagree_are_refused(kind: FeatureLoss) -> None:
     with pytest.raises(ValueError, match="need"):
         feature_distances(torch.zeros(2, 3), torch.zeros(2, 4), kind=kind)
-
-
-def test_a_coarser_grid_has_weighted_means_and_a_plane_stays_one() -> None:
-    side = torch.arange(4.0, dtype=torch.float64)
-    plane = (side[:, None] + 10 * side).flatten()[None, :, None]  # (1, 16, 1)
-    coarse = on_grid(plane, num_patches=4).view(2, 2)
-    # The triangle of antialias covers 4 patches, of which the border cuts off one.
-    weights = torch.tensor([3.0, 3, 1]) / 7
-    low = float((weights * torch.tensor([0.0, 1, 2])).sum())
-    ends = torch.tensor([low, 3 - low], dtype=torch.float64)
-    torch.testing.assert_close(coarse, ends[:, None] + 10 * ends, rtol=1e-6, atol=1e-6)
-    fine = on_grid(coarse.view(1, 4, 1), num_patches=16).view(4, 4)
-    steps = torch.tensor([0, 0.25, 0.75, 1], dtype=torch.float64) * (ends[1] - ends[0]) + ends[0]
-    torch.testing.assert_close(fine, steps[:, None] + 10 * steps, rtol=1e-6, atol=1e-6)
-
-
-def test_an_equal_grid_is_left_alone_and_odd_ones_are_refused() -> None:
-    features = _features(2, 9, 5)
-    assert on_grid(features, num_patches=9) is features
-    with pytest.raises(ValueError, match="square"):
-        on_grid(features, num_patches=8)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinoscale.losses import gram
-from dinoscale.losses.gram import Negatives, gram_loss, resized
+from dinoscale.losses.gram import Negatives, gram_loss
 from dinoscale.planning.bench.tensor_memory import live_bytes, with_peak_bytes
 
 NEGATIVES: list[Negatives] = ["kept", "removed", "removed_from_target"]
@@ -65,18 +65,6 @@ def test_patches_that_are_not_chosen_have_no_part() -> None:
     assert not gradient[~chosen].any()
     assert gradient[chosen].any()
     assert gram_loss(student, target, per_crop=False, chosen=torch.zeros_like(chosen)) == 0
-
-
-def test_grids_are_resized_bicubically() -> None:
-    features = _features(2, 16, 5)
-    maps = features.mT.reshape(2, 5, 4, 4)
-    small = F.interpolate(maps, size=(2, 2), mode="bicubic", align_corners=False)
-    assert torch.equal(resized(features, num_patches=4), small.flatten(2).mT)
-    assert resized(features, num_patches=16) is features
-    assert resized(features.bfloat16(), num_patches=4).dtype == torch.float32
-    for numbers in ((16, 5), (12, 4)):
-        with pytest.raises(ValueError, match="need square grids"):
-            resized(features[:, : numbers[0]], num_patches=numbers[1])
 
 
 def test_low_precision_is_computed_in_float32() -> None:
