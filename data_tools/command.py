@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_tools.curation.command import add_curation
+from data_tools.curation.command import add_curation, add_tool
 from dinoscale.errors import DataError, UnavailableError
 from dinoscale.runtime.cores import available_cores
 
@@ -46,13 +46,8 @@ def _tool(
     tools: SubCommands, name: str, description: str, *, short: str, example: str
 ) -> argparse.ArgumentParser:
     """A tool with an example below its options."""
-    command = tools.add_parser(
-        name,
-        help=short,
-        description=description,
-        epilog="example:\n  dinoscale data " + example,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    example = f"dinoscale data {example}"
+    command = add_tool(tools, name, description, short=short, example=example)
     command.add_argument(
         "--workers",
         type=int,

@@ -25,7 +25,7 @@ def add_curation(tools: SubCommands) -> None:
     _add_deduplicate(tools)
 
 
-def _tool(
+def add_tool(
     tools: SubCommands, name: str, description: str, *, short: str, example: str
 ) -> argparse.ArgumentParser:
     """A tool with an example below its options."""
@@ -43,7 +43,7 @@ def _add_seed(command: argparse.ArgumentParser) -> None:
 
 
 def _add_cluster(tools: SubCommands) -> None:
-    command = _tool(
+    command = add_tool(
         tools,
         "cluster",
         "Cluster the images of a folder of embeddings by hierarchical k-means with resampling\n"
@@ -57,9 +57,7 @@ def _add_cluster(tools: SubCommands) -> None:
         "  torchrun --nproc-per-node 8 -m dinoscale data cluster features/ clusters/ --levels"
         " 800 100 25",
     )
-    command.add_argument(
-        "embeddings", type=Path, metavar="EMBEDDINGS", help="folder that `dinoscale embed` wrote"
-    )
+    _add_embeddings(command)
     command.add_argument("out", type=Path, metavar="OUT", help="folder to write to")
     command.add_argument(
         "--levels",
@@ -92,14 +90,7 @@ def _add_cluster(tools: SubCommands) -> None:
         help="first centroids; kmeans++ takes time that grows with the square of the clusters"
         " (default kmeans++)",
     )
-    command.add_argument(
-        "--features",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="cls, mean_patch or both side by side; of a ResNet-50 pooled (default: the first"
-        " that is there of cls, pooled)",
-    )
+    _add_features(command)
     command.add_argument(
         "--no-normalize", action="store_true", help="do not divide embeddings by their length"
     )
@@ -126,7 +117,7 @@ def _cluster(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _add_balance(tools: SubCommands) -> None:
-    command = _tool(
+    command = add_tool(
         tools,
         "balance",
         "Choose images evenly over clusters: the number is split equally over the top clusters,\n"
@@ -142,7 +133,7 @@ def _add_balance(tools: SubCommands) -> None:
     command.add_argument(
         "clusters", type=Path, metavar="CLUSTERS", help="folder that `dinoscale data cluster` wrote"
     )
-    command.add_argument("out", type=Path, metavar="OUT_LIST", help="list to write, NAME.txt")
+    _add_list(command)
     command.add_argument(
         "--images", type=int, required=True, metavar="N", help="number of images to choose"
     )
@@ -163,9 +154,7 @@ def _add_balance(tools: SubCommands) -> None:
     command.add_argument(
         "--embeddings", type=Path, metavar="DIR", help="folder of the embeddings, if it has moved"
     )
-    command.add_argument(
-        "--image-root", metavar="DIR", help="folder of the images, if it has moved"
-    )
+    _add_image_root(command)
     command.set_defaults(run=_balance)
 
 
@@ -182,7 +171,7 @@ def _balance(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _add_retrieve(tools: SubCommands) -> None:
-    command = _tool(
+    command = add_tool(
         tools,
         "retrieve",
         "Choose images like those of a seed set, as for DINOv2: the nearest images of every seed,\n"
@@ -193,6 +182,7 @@ def _add_retrieve(tools: SubCommands) -> None:
         "  dinoscale data retrieve features/ near.txt --seeds seed_features/ --clusters clusters/",
     )
     _add_embeddings(command)
+    _add_list(command)
     command.add_argument(
         "--seeds", type=Path, required=True, metavar="DIR", help="embeddings of the seeds"
     )
@@ -281,7 +271,7 @@ def _or(value: T | None, default: T) -> T:
 
 
 def _add_deduplicate(tools: SubCommands) -> None:
-    command = _tool(
+    command = add_tool(
         tools,
         "deduplicate-embeddings",
         "Leave out copies by their embeddings, as for DINOv2: images are joined with those of\n"
@@ -294,6 +284,7 @@ def _add_deduplicate(tools: SubCommands) -> None:
         "  dinoscale data deduplicate-embeddings features/ unique.txt --against test_features/",
     )
     _add_embeddings(command)
+    _add_list(command)
     command.add_argument(
         "--threshold",
         type=float,
@@ -350,6 +341,9 @@ def _add_embeddings(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "embeddings", type=Path, metavar="EMBEDDINGS", help="folder that `dinoscale embed` wrote"
     )
+
+
+def _add_list(command: argparse.ArgumentParser) -> None:
     command.add_argument("out", type=Path, metavar="OUT_LIST", help="list to write, NAME.txt")
 
 
@@ -359,8 +353,7 @@ def _add_image_root(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_search(command: argparse.ArgumentParser) -> None:
-    """How neighbours are searched."""
+def _add_features(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--features",
         nargs="+",
@@ -369,6 +362,11 @@ def _add_search(command: argparse.ArgumentParser) -> None:
         help="cls, mean_patch or both side by side; of a ResNet-50 pooled (default: the first"
         " that is there of cls, pooled)",
     )
+
+
+def _add_search(command: argparse.ArgumentParser) -> None:
+    """How neighbours are searched."""
+    _add_features(command)
     command.add_argument(
         "--block",
         type=int,

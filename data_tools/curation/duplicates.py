@@ -24,10 +24,10 @@ from data_tools.curation.search import (
     Searched,
     Way,
     in_turns,
+    joined,
     journal_beside,
     packed,
     spans_of,
-    unpacked,
 )
 from data_tools.curation.selection import Places, record_of, require_list, write_selection
 from data_tools.journal import Json, require_writable, write_whole
@@ -132,7 +132,7 @@ class _Search:
         """The results of all pieces together."""
         blocks = len(self._spans)
         parts = [results[first : first + blocks] for first in range(0, len(results), blocks)]
-        (own, *tests) = [(_pairs(part), _cosines(part)) for part in parts]
+        (own, *tests) = map(_pairs, parts)
         return Found(
             len(self._whole),
             *own,
@@ -142,12 +142,10 @@ class _Search:
         )
 
 
-def _pairs(results: Sequence[Json]) -> NDArray[np.int64]:
-    return np.concatenate([unpacked(one["pairs"], np.int64) for one in results]).reshape(-1, 2)
-
-
-def _cosines(results: Sequence[Json]) -> NDArray[np.float64]:
-    return np.concatenate([unpacked(one["cosines"], np.float64) for one in results])
+def _pairs(results: Sequence[Json]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Pairs (P, 2) and their cosines."""
+    pairs = joined(results, "pairs", np.int64).reshape(-1, 2)
+    return pairs, joined(results, "cosines", np.float64)
 
 
 def _written(sets: Sets, found: Found, similar: Similar, way: Way, out: Path) -> Json:

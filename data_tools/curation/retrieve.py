@@ -39,10 +39,10 @@ from data_tools.curation.search import (
     Searched,
     Way,
     in_turns,
+    joined,
     journal_beside,
     packed,
     spans_of,
-    unpacked,
 )
 from data_tools.curation.selection import Places, record_of, require_list, write_selection
 from data_tools.journal import Json
@@ -191,12 +191,9 @@ def retrieve_neighbours(
         results = in_turns(piece, [len(span) for span in spans], journal, progress=progress)
 
         def write(_: object) -> Json:
-            rows = np.concatenate([unpacked(one["rows"], np.int64) for one in results])
-            cosines = np.concatenate([unpacked(one["cosines"], np.float64) for one in results])
-            shape = (-1, by.k)
-            choice = _of_seeds(
-                whole, of_seeds, rows.reshape(shape), cosines.reshape(shape), by.images
-            )
+            rows = joined(results, "rows", np.int64).reshape(-1, by.k)
+            cosines = joined(results, "cosines", np.float64).reshape(-1, by.k)
+            choice = _of_seeds(whole, of_seeds, rows, cosines, by.images)
             settings = {**asdict(by), "approximate": way.approximate}
             return _written(whole, of_seeds, choice, settings, out)
 

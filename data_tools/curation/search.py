@@ -221,3 +221,8 @@ def packed(array: NDArray[np.generic]) -> str:
 def unpacked(text: str, dtype: type[S]) -> NDArray[S]:
     """The array in a text of `packed`, one-dimensional."""
     return np.frombuffer(base64.b64decode(text), dtype=dtype)
+
+
+def joined(results: Sequence[Json], name: str, dtype: type[S]) -> NDArray[S]:
+    """The arrays of that name in the results of all pieces, one after another."""
+    return np.concatenate([unpacked(result[name], dtype) for result in results])
