@@ -198,20 +198,6 @@ def move(root: str) -> dict[str, dict[str, Tensor]]:
     return found | {"begun": _weights(gather, pair), "there": _of_backbone(gather(first[0].master))}
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("anchor")
-
-
-@pytest.fixture(scope="module")
-def followed(root: Path) -> dict[str, dict[str, Any]]:
-    """Job -> what rank 0 of two found."""
-    function = "tests.distributed.test_anchor:follow"
-    of_rank_0: dict[str, dict[str, Any]]
-    of_rank_0, _ = run_distributed(function, world_size=RANKS, timeout_s=280, root=str(root))
-    return of_rank_0
-
-
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_every_stage_computes_the_literal_loss_and_its_gradient(
     followed: dict[str, dict[str, Any]], stage: int

@@ -26,11 +26,10 @@ from tests.distributed.tiny_run import (
     tiny_config,
     tiny_plan,
 )
-from tests.harness import run_distributed
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(180)]
 
-RANKS, STEPS, SAVED = 2, 3, 1
+STEPS, SAVED = 3, 1
 CLASS, PATCH = 1.5, 0.5
 TERMS = ("class_feature_loss", "patch_feature_loss")
 TEACHER = {
@@ -227,20 +226,6 @@ def _steps(
         if run_dir is not None and step + 1 == SAVED:
             save(str(run_dir), *pair, step=SAVED)
     return found
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("features")
-
-
-@pytest.fixture(scope="module")
-def followed(root: Path) -> dict[str, dict[str, Any]]:
-    """Job -> what rank 0 of two found."""
-    function = "tests.distributed.test_features:follow"
-    of_rank_0: dict[str, dict[str, Any]]
-    of_rank_0, _ = run_distributed(function, world_size=RANKS, timeout_s=150, root=str(root))
-    return of_rank_0
 
 
 @pytest.mark.parametrize("job", [job for job in JOBS if job.startswith("alone")])

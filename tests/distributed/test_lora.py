@@ -183,20 +183,6 @@ def move(root: str) -> dict[str, Any]:
     return {"frozen": frozen, **found, **whole, "refused": str(refused.value)}
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("lora")
-
-
-@pytest.fixture(scope="module")
-def followed(root: Path) -> dict[str, dict[str, Any]]:
-    """Job -> what rank 0 of two found."""
-    function = "tests.distributed.test_lora:follow"
-    of_rank_0: dict[str, dict[str, Any]]
-    of_rank_0, _ = run_distributed(function, world_size=RANKS, timeout_s=280, root=str(root))
-    return of_rank_0
-
-
 def _trains(job: str, name: str) -> bool:
     if not name.startswith("backbone.") or name == "backbone.mask_token":
         return True
