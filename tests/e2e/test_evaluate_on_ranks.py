@@ -40,25 +40,16 @@ def _on_ranks(world_size: int, *arguments: object) -> list[tuple[int, str, str]]
     return [(rank.returncode, *output) for rank, output in zip(ranks, outputs, strict=True)]
 
 
-def test_rank_0_prints_the_report_of_one_process(weights: Path) -> None:
-    arguments = ("knn", weights, "--train", TRAIN, "--test", TEST, "--num-workers", 0, "--pixels")
-    ((code, alone, _),) = _on_ranks(1, *arguments)
-    assert code == 0
-    (first, printed, said), (second, nothing, _) = _on_ranks(2, *arguments)
-    assert (first, second) == (0, 0), said
-    assert nothing == ""
-    assert json.loads(printed) == json.loads(alone)
-
-
-_SHARED = {
+_TASKS = {
+    "knn": f"--train {TRAIN} --test {TEST} --num-workers 0 --pixels",
     "discover": "synthetic:shapes?images=5&size=32 --size 32 --untrained",  # 3 and 2 images
     "transfer": f"--sets {TRAIN} --shots 1 --seeds 2 --c 1 --num-workers 0",
 }
 
 
-@pytest.mark.parametrize("task", _SHARED)
-def test_two_ranks_that_share_the_work_give_the_report_of_one(weights: Path, task: str) -> None:
-    arguments = (task, weights, *_SHARED[task].split())
+@pytest.mark.parametrize("task", _TASKS)
+def test_rank_0_prints_the_report_of_one_process(weights: Path, task: str) -> None:
+    arguments = (task, weights, *_TASKS[task].split())
     ((code, alone, _),) = _on_ranks(1, *arguments)
     assert code == 0
     (first, printed, said), (second, nothing, _) = _on_ranks(2, *arguments)

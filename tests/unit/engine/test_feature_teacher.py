@@ -133,6 +133,7 @@ def test_the_network_maps_its_features_of_the_global_crops() -> None:
     assert seen["mapped"].shape == (4, PATCHES, WIDTH)
 
 
+@pytest.mark.usefixtures("shallow_resnet")
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 def test_a_teacher_gives_the_features_of_its_backbone_in_evaluation(kind: str) -> None:
     of_patches, changes = kind == "vit", {}

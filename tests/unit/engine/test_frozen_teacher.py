@@ -117,6 +117,7 @@ def test_a_frozen_teacher_computes_what_its_weights_and_tracked_statistics_do() 
     assert not any(p.requires_grad for p in empty.parameters())
 
 
+@pytest.mark.usefixtures("shallow_resnet")
 def test_a_resnet_teaches_class_tokens_and_plan_says_that_it_knows_none() -> None:
     head = {"num_prototypes": 33, "hidden_dim": 20, "bottleneck_dim": 8}
     distill = {"teacher": "w.pth", "model": {"backbone": "resnet50"}, "head": head}
