@@ -80,6 +80,7 @@ def test_a_run_that_would_not_start_for_want_of_a_gram_network_is_planned_and_to
 ) -> None:
     weights = tmp_path / "weights.pth"
     plan = ["plan", "vit_s16", "gram.loss_weight=1", f"gram.teacher={weights}", "--json"]
+    plan += ["--gpus", "1"]
     cli.run(plan)
     shown = capsys.readouterr()
     assert json.loads(shown.out)["gpus"] == 1
