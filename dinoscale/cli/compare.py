@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
     from dinoscale.reports.comparison.runs import Job
 
-# Tasks with --out DIR for pictures.
-_DRAWING = ("attention", "segment", "pca", "video", "discover", "correspond")
+# The option of a task that names a folder for pictures.
+_DRAWING = {
+    **dict.fromkeys(("attention", "segment", "pca", "video", "discover", "correspond"), "--out"),
+    "segmentation": "--pictures",
+}
 _ANSWERING = ("knn", "linear", "logistic", "finetune", "probe")  # tasks with --predictions FILE
 
 
@@ -56,7 +59,8 @@ def add_compare(tasks: SubCommands, add_tasks: Callable[[SubCommands], None]) ->
         default=[],
         dest="lines",
         metavar="LINE",
-        help="a task and its options without WEIGHTS and --out, in quotes; may be repeated",
+        help="a task and its options without WEIGHTS, --out and --pictures, in quotes; may be"
+        " repeated",
     )
     compare.add_argument("--out", required=True, metavar="DIR", help="folder to write into")
     compare.set_defaults(run=partial(_evaluate_compare, add_tasks))
@@ -114,10 +118,10 @@ def line_parser(add_tasks: Callable[[SubCommands], None]) -> argparse.ArgumentPa
 
 
 def split_line(line: str) -> tuple[str, list[str]]:
-    """Task and options of a line; ValueError if it has --out or --predictions."""
+    """Task and options of a line; ValueError if it says where to write."""
     task, *words = shlex.split(line) or [""]
     for word in words:
-        if (option := word.split("=")[0]) in ("--out", "--predictions"):
+        if (option := word.split("=")[0]) in ("--out", "--pictures", "--predictions"):
             raise ValueError(f"{option}: compare chooses the place of every result. Leave it out.")
     return task, words
 
@@ -136,7 +140,7 @@ def _job(parser: argparse.ArgumentParser, weights: str, line: str, folder: Path)
     try:
         task, words = split_line(line)
         result = result_path(folder, weights, [task, *words])
-        place = ["--out", str(result.with_suffix(""))] if task in _DRAWING else []
+        place = [_DRAWING[task], str(result.with_suffix(""))] if task in _DRAWING else []
         if task in _ANSWERING:
             place = ["--predictions", str(result.with_suffix(".npz"))]
         options = parser.parse_args([task, weights, *words, *place])

@@ -18,10 +18,16 @@ if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
     from dinoscale.evaluate.dense_probes.linear_head import Recipe
     from dinoscale.evaluate.dense_probes.probe import ProbeOptions
+    from dinoscale.evaluate.dense_probes.target_files import Part
     from dinoscale.evaluate.segmentation.layouts import Layout
     from dinoscale.evaluate.segmentation.protocols import Knn, Linear, Logistic
 
 _IMAGES = "images: a folder, a .txt list, or tar shards"
+# Options that --head leaves to the user, and what the parser adds.
+_WITH_HEAD = {
+    *("command", "run", "task", "weights", "network", "num_heads", "head"),
+    *("test", "test_masks", "test_depths", "data", "pictures", "batch_size", "num_workers"),
+}
 # Options of --protocol by their names, and of which protocols they are.
 _PATCHES, _LINEAR = ("knn", "logistic"), ("linear",)
 _OF_PROTOCOLS = {
@@ -66,11 +72,9 @@ def _add_segmentation(tasks: SubCommands) -> None:
         action="store_true",
         help="masks show one object: a gray one where it is brighter than 127",
     )
-    task.add_argument(
-        "--protocol", choices=("knn", "logistic", "linear"), default="knn", help="default knn"
-    )
-    add_number(task, "--layers", "last blocks whose patch tokens are joined", default=1)
-    add_number(task, "--size", "short side of images", default=512, metavar="PIXELS")
+    task.add_argument("--protocol", choices=("knn", "logistic", "linear"), help="default knn")
+    add_number(task, "--layers", "last blocks whose patch tokens are joined, default 1")
+    add_number(task, "--size", "short side of images, default 512", metavar="PIXELS")
     add_number(task, "--k", "of knn: patches that vote, default 30")
     add_number(task, "--temp", "of knn: of the votes, default 0.07", kind=float, metavar="T")
     says = "of knn, logistic: most patches of the train set, default 200000"
@@ -115,15 +119,15 @@ def _add_depth(tasks: SubCommands) -> None:
     )
     add_weights(task)
     _add_sets(task, target="depth")
-    says = "numbers of a depth picture in a metre: 1000 of NYUv2, 256 of KITTI"
-    add_number(task, "--depth-scale", says, default=1000, kind=float, metavar="X")
-    says = "of the bins; nearer pixels are holes"
-    add_number(task, "--min-depth", says, default=0.001, kind=float, metavar="METRES")
-    says = "of the bins; farther pixels are holes"
-    add_number(task, "--max-depth", says, default=10, kind=float, metavar="METRES")
-    add_number(task, "--bins", "of depth", default=256)
-    says = "blocks, evenly spread over the network, whose patch tokens are joined"
-    add_number(task, "--layers", says, default=1)
+    says = "numbers of a depth picture in a metre, default 1000 (NYUv2); 256 of KITTI"
+    add_number(task, "--depth-scale", says, kind=float, metavar="X")
+    says = "of the bins, default 0.001; nearer pixels are holes"
+    add_number(task, "--min-depth", says, kind=float, metavar="METRES")
+    says = "of the bins, default 10; farther pixels are holes"
+    add_number(task, "--max-depth", says, kind=float, metavar="METRES")
+    add_number(task, "--bins", "of depth, default 256")
+    says = "blocks, evenly spread over the network, whose patch tokens are joined, default 1"
+    add_number(task, "--layers", says)
     add_number(task, "--size", "short side of images, default their own", metavar="PIXELS")
     task.add_argument(
         "--crop",
@@ -168,7 +172,13 @@ def _add_training(
         "--out",
         metavar="FILE.safetensors",
         help=f"{of}also write the trained head; the same command resumes an interrupted training"
-        " from FILE.safetensors.resume",
+        " from FILE.safetensors.resume; --head judges other test sets by it",
+    )
+    task.add_argument(
+        "--head",
+        metavar="FILE.safetensors",
+        help="train nothing: judge this head, which --out kept, by --test; its settings are those"
+        " of its training",
     )
 
 
@@ -178,7 +188,7 @@ def _add_common(task: argparse.ArgumentParser) -> None:
         choices=("bf16", "fp32"),
         help="of the backbone's forward, default bf16 on a GPU, fp32 on a CPU",
     )
-    add_number(task, "--seed", "of all random numbers", default=0)
+    add_number(task, "--seed", "of all random numbers, default 0")
     task.add_argument(
         "--pixels", action="store_true", help="also measure the pixels of each patch as features"
     )
@@ -190,6 +200,8 @@ def _add_common(task: argparse.ArgumentParser) -> None:
 def _evaluate_segmentation(options: argparse.Namespace) -> dict[str, Any]:
     from dinoscale.evaluate.segmentation.segmentation import evaluate_segmentation
 
+    if options.head is not None:
+        return _judge_segmentation(options)
     return evaluate_segmentation(
         options.weights,
         _layout(options),
@@ -199,28 +211,85 @@ def _evaluate_segmentation(options: argparse.Namespace) -> dict[str, Any]:
     )
 
 
+def _judge_segmentation(options: argparse.Namespace) -> dict[str, Any]:
+    """Judge a kept head by --test, or by the test part of --data."""
+    from dinoscale.errors import ConfigError
+    from dinoscale.evaluate.segmentation.kept import evaluate_segmentation_head
+    from dinoscale.evaluate.segmentation.layouts import find_layout
+
+    _refuse_settings(options)
+    if options.data is None:
+        test, rule = _test_part(options, options.test_masks), None
+    elif options.test is None and options.test_masks is None:
+        layout = find_layout(options.data)
+        test, rule = layout.test, layout.rule
+    else:
+        raise ConfigError("--data: its val part is the test set. Leave --test and its masks out.")
+    return evaluate_segmentation_head(
+        *(options.weights, options.head, test),
+        rule=rule,
+        pictures=options.pictures,
+        options=extraction_options(options, batch_size=options.batch_size),
+    )
+
+
+def _judge_depth(options: argparse.Namespace) -> dict[str, Any]:
+    """Judge a kept head by --test."""
+    from dinoscale.evaluate.depth.kept import evaluate_depth_head
+
+    _refuse_settings(options)
+    return evaluate_depth_head(
+        *(options.weights, options.head, _test_part(options, options.test_depths)),
+        options=extraction_options(options, batch_size=options.batch_size),
+    )
+
+
+def _refuse_settings(options: argparse.Namespace) -> None:
+    """Refuse, by ConfigError, options that the file of the head decides."""
+    from dinoscale.errors import ConfigError
+
+    for name, value in vars(options).items():
+        if value is not None and value is not False and name not in _WITH_HEAD:
+            option = name.replace("_", "-")
+            raise ConfigError(f"--{option}: --head has the settings of its training. Leave it out.")
+
+
+def _test_part(options: argparse.Namespace, targets: str | None) -> Part:
+    """The test set; ConfigError if none is named."""
+    from dinoscale.errors import ConfigError
+    from dinoscale.evaluate.dense_probes.target_files import Part
+
+    if options.test is None:
+        raise ConfigError("--head: name the set to judge it by, --test")
+    return Part(options.test, targets)
+
+
 def _evaluate_depth(options: argparse.Namespace) -> dict[str, Any]:
     from dinoscale.errors import ConfigError
     from dinoscale.evaluate.dense_probes.target_files import Part
-    from dinoscale.evaluate.depth.depth import RECIPE, DepthProtocol, evaluate_depth
+    from dinoscale.evaluate.depth.depth import evaluate_depth
     from dinoscale.evaluate.depth.depth_files import DepthRange
+    from dinoscale.evaluate.depth.protocol import RECIPE, DepthProtocol
 
+    if options.head is not None:
+        return _judge_depth(options)
     if options.train is None or options.test is None:
         raise ConfigError("name both sets, --train and --test")
-    named = ("iterations", "train_batch_size", "lr", "weight_decay")
-    given = {name: getattr(options, name) for name in named if getattr(options, name) is not None}
+    depths = _given(options, {"min_depth": "low", "max_depth": "high"})
+    named = {"depth_scale": "scale", "bins": "bins", "size": "size", "crop": "crop"}
+    own = _given(options, named)
+    if "crop" in own:
+        own["crop"] = tuple(own["crop"])
+    training = ("iterations", "train_batch_size", "lr", "weight_decay")
     return evaluate_depth(
         options.weights,
         Part(options.train, options.train_depths),
         Part(options.test, options.test_depths),
         protocol=DepthProtocol(
-            scale=options.depth_scale,
-            range=DepthRange(options.min_depth, options.max_depth),
-            bins=options.bins,
-            size=options.size,
-            **({} if options.crop is None else {"crop": tuple(options.crop)}),
+            **own,
+            range=DepthRange(**depths),
             eigen_crop=options.eigen_crop,
-            recipe=_recipe(RECIPE, given),
+            recipe=_recipe(RECIPE, _given(options, {name: name for name in training})),
         ),
         options=_probe_options(options),
     )
@@ -229,11 +298,20 @@ def _evaluate_depth(options: argparse.Namespace) -> dict[str, Any]:
 def _probe_options(options: argparse.Namespace) -> ProbeOptions:
     from dinoscale.evaluate.dense_probes.probe import ProbeOptions
 
-    named = ("layers", "precision", "seed", "untrained", "pixels", "out")
     return ProbeOptions(
         **vars(extraction_options(options, batch_size=options.batch_size)),
-        **{name: getattr(options, name) for name in named},
+        **_given(options, {"layers": "layers", "seed": "seed"}),
+        precision=options.precision,
+        untrained=options.untrained,
+        pixels=options.pixels,
+        out=options.out,
     )
+
+
+def _given(options: argparse.Namespace, names: dict[str, str]) -> dict[str, Any]:
+    """Values of the options that were given, under these names."""
+    values = {name: getattr(options, option) for option, name in names.items()}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _layout(options: argparse.Namespace) -> Layout:
@@ -277,21 +355,21 @@ def _protocol(options: argparse.Namespace) -> Knn | Logistic | Linear:
     from dinoscale.errors import ConfigError
     from dinoscale.evaluate.segmentation.protocols import RECIPE, SIZE, Knn, Linear, Logistic
 
-    named = {name: getattr(options, name) for name in _OF_PROTOCOLS}
-    given: dict[str, Any] = {name: x for name, x in named.items() if x is not None}
+    chosen = options.protocol or "knn"
+    given = _given(options, {name: name for name in _OF_PROTOCOLS})
     for name in given:
-        if options.protocol not in _OF_PROTOCOLS[name]:
+        if chosen not in _OF_PROTOCOLS[name]:
             option = name.replace("_", "-")
-            raise ConfigError(f"--{option}: --protocol {options.protocol} has no such option")
-    given["size"] = options.size
-    if options.protocol == "knn":
+            raise ConfigError(f"--{option}: --protocol {chosen} has no such option")
+    given["size"] = SIZE if options.size is None else options.size
+    if chosen == "knn":
         return Knn(**given)
-    if options.protocol == "logistic":
+    if chosen == "logistic":
         if "c" in given:
             given["cs"] = tuple(given.pop("c"))
         return Logistic(**given)
     own = {name: given.pop(name) for name in ("crop", "stride", "ratio", "size") if name in given}
-    own.setdefault("crop", min(options.size, SIZE))
+    own.setdefault("crop", min(own["size"], SIZE))
     own.setdefault("stride", max(1, own["crop"] * 2 // 3))
     if "ratio" in own:
         own["ratio"] = tuple(own["ratio"])

@@ -20,7 +20,7 @@ WEIGHTS = "weights"  # the option
 _INPUTS = (
     *(WEIGHTS, "train", "test", "data", "images", "masks", "sequences", "ground_truth"),
     *("originals", "queries", "distractors", "pairs", "whitening", "probe", "boxes"),
-    *("train_masks", "test_masks", "train_depths", "test_depths"),
+    *("train_masks", "test_masks", "train_depths", "test_depths", "head"),
 )
 _SETS = "sets"  # the option that names several
 # Options that change no number: where to write, how to read, and what the parser adds.
@@ -49,8 +49,8 @@ _MODULES = {
     "rank": ("label_free.rank",),
     "retrieve": ("retrieval.landmarks", "retrieval.retrieve"),
     "video": ("video.davis",),
-    "segmentation": ("segmentation.segmentation",),
-    "depth": ("depth.depth",),
+    "segmentation": ("segmentation.segmentation", "segmentation.kept"),
+    "depth": ("depth.depth", "depth.kept"),
 }
 
 

@@ -9,8 +9,9 @@ on semantic segmentation and depth.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,11 @@ class Recipe:
             total_steps=self.iterations,
             warmup_steps=int(self.warmup * self.iterations),
         )
+
+    @classmethod
+    def of(cls, protocol: Mapping[str, Any]) -> Recipe:
+        """That of which `protocol` has said all; KeyError or TypeError if it has not."""
+        return cls(**{field.name: protocol[field.name] for field in fields(cls)})
 
     def protocol(self) -> dict[str, object]:
         """All that changes a number, ready for JSON."""

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from torch import nn
 
-from dinoscale.errors import ConfigError
+from dinoscale.errors import CheckpointError, ConfigError
 from dinoscale.evaluate.any_size import find_patch_size
 from dinoscale.evaluate.classification.resumable_training import check_target
-from dinoscale.evaluate.dense_probes.kept_head import remove_states, save_head, state_beside
+from dinoscale.evaluate.dense_probes.kept_head import (
+    KeptHead,
+    remove_states,
+    save_head,
+    state_beside,
+)
 from dinoscale.evaluate.dense_probes.linear_head import HeadTraining, LinearHead
 from dinoscale.evaluate.dense_probes.pairs import Reading
 from dinoscale.evaluate.dense_probes.patch_maps import (
@@ -23,6 +28,7 @@ from dinoscale.evaluate.dense_probes.patch_maps import (
     Spread,
     choose_blocks,
 )
+from dinoscale.evaluate.feature_cache import weights_digest
 from dinoscale.evaluate.frozen_backbone import ExtractionOptions, LoadedBackbone, load_frozen
 
 FeaturesName = Literal["trained", "untrained", "colors"]
@@ -114,6 +120,32 @@ class Probe:
         chosen = options.precision or ("bf16" if loaded.device.type == "cuda" else "fp32")
         return cls(loaded, blocks, chosen, reading, options.seed, target)
 
+    @classmethod
+    def of_head(cls, weights_path: str | Path, kept: KeptHead, options: ExtractionOptions) -> Probe:
+        """Load the backbone that a kept head was trained on, to measure as then.
+
+        Args:
+            weights_path: as of `open`.
+            kept: the head; of its card are blocks, precision and seed.
+            options: as of `open`.
+
+        Raises:
+            CheckpointError: the weights cannot be used, or are not those of the head.
+            ConfigError: as of `open`.
+        """
+        with kept.reading():
+            settings = kept.card["protocol"]
+            blocks = tuple(int(block) for block in settings["blocks"])
+            precision: Precision = "bf16" if settings["precision"] == "bf16" else "fp32"
+            seed = int(settings["seed"])
+        as_then = ProbeOptions(**vars(options), precision=precision, seed=seed)
+        probe = cls.open(weights_path, as_then, spread="last")
+        kept.require_backbone(probe.loaded.backbone, probe.loaded.path)
+        probe = replace(probe, blocks=blocks)
+        if probe.features("trained").maps.width != kept.head.norm.num_features:
+            raise CheckpointError(f"{kept.path} is damaged: it takes other features than it names")
+        return probe
+
     def features(self, name: FeaturesName) -> Features:
         """Those of the weights, of fresh weights, or the pixels of each patch."""
         if name == "colors":
@@ -170,8 +202,14 @@ class Probe:
         )
         training.train(head, features.maps, saved)
         if self.out is not None and features.name == "trained":
-            about = {"weights": self.loaded.path, "train": training.pairs.about}
-            save_head(head, self.out, {**card, **about, "protocol": protocol})
+            assert features.backbone is not None  # only pixels have none
+            about = {
+                "weights": self.loaded.path,
+                "backbone": weights_digest(features.backbone),
+                "train": training.pairs.about,
+                "protocol": protocol,
+            }
+            save_head(head, self.out, {**card, **about})
         return head
 
     def forget_states(self) -> None:

@@ -7,8 +7,9 @@ Sources: k-NN and logistic regression on patches as in CAPI (Darcet et al. 2025,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,6 +143,13 @@ class Linear:
         if not 1 <= self.stride <= self.crop or self.size < 1:
             numbers = f"{self.size}, {self.crop} and {self.stride}"
             raise ConfigError(f"need size > 0 and 1 <= stride <= crop, got {numbers}")
+
+    @classmethod
+    def of(cls, protocol: Mapping[str, Any]) -> Linear:
+        """That of which `protocol` has said all; KeyError, TypeError or ValueError if not."""
+        low, high = protocol["ratio"]
+        sides = {name: int(protocol[name]) for name in ("size", "crop", "stride")}
+        return cls(**sides, ratio=(low, high), recipe=Recipe.of(protocol))
 
     def resize(self, _: int) -> Resize:
         """How a test image is resized."""

@@ -311,6 +311,7 @@ def test_pictures_of_each_weights_are_its_own(
         ("knn --train x --test y --kk 3", "unrecognized arguments: --kk 3"),
         ("segment x --out y", "--out: compare chooses the place"),
         ("knn x --predictions=y.csv", "--predictions: compare chooses the place"),
+        ("segmentation --data x --pictures y", "--pictures: compare chooses the place"),
         ("compare x", "invalid choice: 'compare'"),
         ("pca 'x", "No closing quotation"),
     ],

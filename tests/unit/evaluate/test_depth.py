@@ -18,9 +18,10 @@ from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.dense_probes.probe import ProbeOptions
 from dinoscale.evaluate.dense_probes.target_files import Part, TargetFiles
 from dinoscale.evaluate.depth.bins import bins_loss, depth_of, sig_loss
-from dinoscale.evaluate.depth.depth import DepthProtocol, evaluate_depth
+from dinoscale.evaluate.depth.depth import evaluate_depth
 from dinoscale.evaluate.depth.depth_errors import DepthErrors
 from dinoscale.evaluate.depth.depth_files import DepthRange, DepthTargets, eigen_crop
+from dinoscale.evaluate.depth.protocol import DepthProtocol
 from dinoscale.models.zoo import build_backbone
 
 SHAPE = BackboneShape(

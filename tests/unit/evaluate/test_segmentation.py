@@ -31,7 +31,7 @@ from dinoscale.evaluate.dense_probes.patch_maps import BlockMaps, PixelMaps, cho
 from dinoscale.evaluate.dense_probes.probe import ProbeOptions
 from dinoscale.evaluate.dense_probes.sliding import slide, to_pixels, window_starts
 from dinoscale.evaluate.dense_probes.target_files import Part
-from dinoscale.evaluate.depth.depth import DepthProtocol
+from dinoscale.evaluate.depth.protocol import DepthProtocol
 from dinoscale.evaluate.segmentation.confusion import Confusion, enlarged_argmax
 from dinoscale.evaluate.segmentation.index_masks import VOID, MaskRule, patch_classes
 from dinoscale.evaluate.segmentation.layouts import Layout, find_layout
