@@ -365,12 +365,12 @@ def _plan(options: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _warn_of_missing_weights(config: RunConfig, runs: Sequence[RunConfig]) -> None:
-    """Say that the run would not start where it is planned, for want of a Gram network."""
+    """Say that the run would not start where it is planned, for want of a teacher."""
     from dinoscale.errors import DinoscaleError
-    from dinoscale.training.phases import require_gram_teachers
+    from dinoscale.training.phases import require_teachers
 
     try:
-        require_gram_teachers(config, runs)
+        require_teachers(config, runs)
     except DinoscaleError as error:  # the run may be meant for another machine
         print(f"a run here would not start: {error}", file=sys.stderr)
 

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise, takewhile
 from pathlib import Path
 from types import NoneType
-from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
@@ -24,6 +23,7 @@ from dinoscale.config.same_network import require_same_network
 from dinoscale.config.schema import RunConfig
 from dinoscale.config.secrets import hide_secrets
 from dinoscale.config.sections.training import PhaseConfig
+from dinoscale.config.teachers import named_teachers, with_run_dir
 from dinoscale.config.yaml_io import read_yaml, write_yaml
 from dinoscale.errors import ConfigError
 from dinoscale.runtime.outputs import PHASES
@@ -337,7 +337,7 @@ def phases_of(config: RunConfig) -> tuple[RunConfig, ...]:
 
     Raises:
         ConfigError: a phase has settings that a run cannot have, a network that is not that of the
-            phase at whose end it begins, no such phase, or the Gram teacher of no earlier one.
+            phase at whose end it begins, no such phase, or a teacher of no earlier one.
     """
     if not config.phases:
         return (config,)
@@ -351,8 +351,9 @@ def phases_of(config: RunConfig) -> tuple[RunConfig, ...]:
 
 
 def _keeping(run: RunConfig, later: Sequence[RunConfig]) -> RunConfig:
-    """A run that keeps the checkpoints from which later ones take their Gram networks."""
-    steps = {step for other in later if (step := other.gram.step_of_teacher(run.run_dir))}
+    """A run that keeps the checkpoints from which later ones take their teachers."""
+    named = [teacher for other in later for teacher in named_teachers(other)]
+    steps = {step for teacher in named if (step := teacher.step_in(run.run_dir))}
     if not steps:
         return run
     kept = sorted(steps.union(run.checkpoint.keep_steps))
@@ -395,7 +396,7 @@ def _run_of(
     for values in (
         config.model_dump(exclude={"phases", "phase"}),
         of_place,
-        _with_run_dir(phase.change, config.run_dir),
+        with_run_dir(phase.change, config.run_dir),
         _beginning(phase, before),
     ):
         merged.put(values, origin="")
@@ -427,14 +428,6 @@ def _refuse_beginnings(phase: PhaseConfig, *, later: bool) -> None:
             raise ConfigError(f"phases.{phase.name}.{key}: a phase {remedy}; leave it out")
 
 
-def _with_run_dir(change: dict[str, Any], run_dir: str) -> dict[str, Any]:
-    """The changes of a phase, `{run_dir}` in gram.teacher replaced by the folder of all phases."""
-    gram = change.get("gram")
-    if not isinstance(gram, dict) or not isinstance(gram.get("teacher"), str):
-        return change
-    return change | {"gram": gram | {"teacher": gram["teacher"].replace("{run_dir}", run_dir)}}
-
-
 def _beginning(phase: PhaseConfig, before: RunConfig | None) -> dict[str, dict[str, object]]:
     if before is None:
         return {}
@@ -460,12 +453,13 @@ def _require_gram_network(phase: PhaseConfig, before: RunConfig, run: RunConfig)
 
 
 def _require_earlier_teacher(name: str, run: RunConfig, earlier: Sequence[RunConfig]) -> None:
-    """Refuse a Gram teacher in the folder of a phase that does not come before this one."""
-    if not run.gram.teacher_lies_in(Path(run.run_dir).parent):
-        return
-    if not any(run.gram.teacher_lies_in(other.run_dir) for other in earlier):
-        known = ", ".join(Path(other.run_dir).name for other in earlier) or "none"
-        raise ConfigError(
-            f"phases.{name}.gram.teacher: {run.gram.teacher} is not in the folder of an earlier "
-            f"phase of this run ({known}); give one of these, or other weights"
-        )
+    """Refuse a teacher in the folder of a phase that does not come before this one."""
+    for teacher in named_teachers(run):
+        if not teacher.lies_in(Path(run.run_dir).parent):
+            continue
+        if not any(teacher.lies_in(other.run_dir) for other in earlier):
+            known = ", ".join(Path(other.run_dir).name for other in earlier) or "none"
+            raise ConfigError(
+                f"phases.{name}.{teacher.key}: {teacher.path} is not in the folder of an earlier "
+                f"phase of this run ({known}); give one of these, or other weights"
+            )

@@ -83,7 +83,7 @@ for a command:
 `dinoscale bench step my.yaml phase=high_resolution`.
 
 What a phase changes wins over a setting on the command line that does not name the phase. In
-`gram.teacher` of a phase, `{run_dir}` is the folder of the whole run: with
+`gram.teacher` and `distill.teacher` of a phase, `{run_dir}` is the folder of the whole run: with
 `gram: {teacher: "{run_dir}/phases/01_pretrain"}` the Gram network is the teacher at the end of the
 first phase, wherever the run is written, and `01_pretrain/checkpoints/step_00200000` is that of
 one of its checkpoints, which stays there. Weights that no earlier phase writes have to be there

@@ -22,8 +22,8 @@ from dinoscale.checkpoint.layout import (
 from dinoscale.checkpoint.next_phase import NextPhase, end_of_phase, find_next_phase
 from dinoscale.config import RunConfig
 from dinoscale.config.resolve import RunPlan
-from dinoscale.config.sections.objectives import GramConfig
 from dinoscale.config.sections.training import PhaseConfig
+from dinoscale.config.teachers import NamedTeacher, named_teachers
 from dinoscale.errors import ConfigError
 from dinoscale.runtime import distributed
 from dinoscale.training.due import saves_amid
@@ -55,10 +55,11 @@ def require_own_directory(config: RunConfig, runs: Sequence[RunConfig]) -> None:
             raise ConfigError(f"run_dir: {folder} is of a phase that this run has not; {remedy}")
 
 
-def require_gram_teachers(config: RunConfig, runs: Sequence[RunConfig]) -> None:
-    """Refuse weights for a Gram network that are not there, also those of a phase to come.
+def require_teachers(config: RunConfig, runs: Sequence[RunConfig]) -> None:
+    """Refuse weights of teachers that are not there, also those of a phase to come.
 
-    A phase that has begun has them in its checkpoints. Those in the folder of an earlier phase may
+    A phase that has begun is not looked at: it has a Gram network in its checkpoints, and reads a
+    frozen teacher when it goes on. Weights in the folder of an earlier phase may
     be missing if that phase will write them.
 
     Args:
@@ -69,21 +70,25 @@ def require_gram_teachers(config: RunConfig, runs: Sequence[RunConfig]) -> None:
         ConfigError: some are missing, and no phase will write them.
     """
     for index, run in enumerate(runs):
-        teacher = run.gram.teacher if run.gram.loss_weight else None
-        if teacher is None or checkpoints(Path(run.run_dir)):
+        if checkpoints(Path(run.run_dir)):
             continue
-        if (reason := _why_missing(teacher)) is None:
-            continue
-        key = (
-            f"phases.{config.phases[index].name}.gram.teacher" if config.phases else "gram.teacher"
+        for teacher in named_teachers(run):
+            key = f"phases.{config.phases[index].name}." if config.phases else ""
+            _require_teacher(f"{key}{teacher.key}", teacher, config, runs[:index])
+
+
+def _require_teacher(
+    key: str, teacher: NamedTeacher, config: RunConfig, earlier: Sequence[RunConfig]
+) -> None:
+    if (reason := _why_missing(teacher.path)) is None:
+        return
+    places = [number for number, run in enumerate(earlier) if teacher.lies_in(run.run_dir)]
+    if not places:
+        raise ConfigError(
+            f"{key}: {teacher.path}: {reason}; give weights that are there when the run starts, or "
+            "those of an earlier phase, {run_dir}/phases/NN_NAME"
         )
-        places = [n for n in range(index) if run.gram.teacher_lies_in(runs[n].run_dir)]
-        if not places:
-            raise ConfigError(
-                f"{key}: {teacher}: {reason}; give weights that are there when the run starts, or "
-                "those of an earlier phase, {run_dir}/phases/NN_NAME"
-            )
-        _require_to_be_written(key, run.gram, config.phases[places[0]], runs[places[0]])
+    _require_to_be_written(key, teacher, config.phases[places[0]], earlier[places[0]])
 
 
 def _why_missing(path: str) -> str | None:
@@ -96,29 +101,31 @@ def _why_missing(path: str) -> str | None:
     return None
 
 
-def _require_to_be_written(key: str, gram: GramConfig, phase: PhaseConfig, run: RunConfig) -> None:
+def _require_to_be_written(
+    key: str, teacher: NamedTeacher, phase: PhaseConfig, run: RunConfig
+) -> None:
     """Refuse a path in the folder of an earlier phase at which that one will write nothing.
 
     How many steps an epoch has is known here only if the configuration says so; else
     `require_kept_steps` looks again when that phase starts.
     """
-    if os.path.abspath(str(gram.teacher)) == os.path.abspath(run.run_dir):
+    if os.path.abspath(teacher.path) == os.path.abspath(run.run_dir):
         return  # its newest checkpoint
-    step, folder = gram.step_of_teacher(run.run_dir), Path(run.run_dir)
+    step, folder = teacher.step_in(run.run_dir), Path(run.run_dir)
     if step is None:
         raise ConfigError(
-            f"{key}: {gram.teacher} is nothing that phase {phase.name} writes; give {folder} for "
+            f"{key}: {teacher.path} is nothing that phase {phase.name} writes; give {folder} for "
             f"its last checkpoint, or a step in eight digits, such as {directory(folder, 200)}"
         )
     if any(path for path in checkpoints(folder) if (named_step(path) or 0) > step):
         raise ConfigError(
-            f"{key}: {gram.teacher} is gone, and phase {phase.name} is past that step; give one "
+            f"{key}: {teacher.path} is gone, and phase {phase.name} is past that step; give one "
             "that `dinoscale checkpoint list` shows"
         )
     steps_per_epoch = _known_steps_per_epoch(run)
     if steps_per_epoch is not None:
         end = end_of_phase(phase, run.train.epochs * steps_per_epoch)
-        _require_saved(f"{key}: {gram.teacher}", step, run, steps_per_epoch, end=end)
+        _require_saved(f"{key}: {teacher.path}", step, run, steps_per_epoch, end=end)
 
 
 def _known_steps_per_epoch(run: RunConfig) -> int | None:

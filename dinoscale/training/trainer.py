@@ -65,9 +65,9 @@ from dinoscale.training.loop import Run
 from dinoscale.training.micro_batch.search import find_micro_batch
 from dinoscale.training.phases import (
     next_phase,
-    require_gram_teachers,
     require_kept_steps,
     require_own_directory,
+    require_teachers,
 )
 from dinoscale.training.resume import (
     batch_norm_caution,
@@ -114,7 +114,7 @@ def train(config: RunConfig, process: Process) -> dict[str, Any]:
         require_alike(config, process, members)
         runs, is_first = phases_of(config), process.rank == 0
         distributed.together(lambda: require_own_directory(config, runs) if is_first else None)
-        distributed.together(lambda: require_gram_teachers(config, runs) if is_first else None)
+        distributed.together(lambda: require_teachers(config, runs) if is_first else None)
         if not config.phases:
             return _train(config, process, members, stop, watchdog)
         for run in runs:  # a mistake in the last phase must not wait for it

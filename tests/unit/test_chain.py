@@ -8,7 +8,7 @@ import pytest
 from dinoscale.checkpoint.layout import directory
 from dinoscale.config import RunConfig, parse_config, phases_of, resolve
 from dinoscale.errors import ConfigError
-from dinoscale.training.phases import require_gram_teachers, require_kept_steps
+from dinoscale.training.phases import require_kept_steps, require_teachers
 from tests.distributed.tiny_run import tiny_config
 
 _OF_FIRST = "{{run_dir}}/phases/01_first/checkpoints/step_{:08d}"
@@ -28,7 +28,7 @@ def _chain(
 
 
 def _require(config: RunConfig) -> None:
-    require_gram_teachers(config, phases_of(config))
+    require_teachers(config, phases_of(config))
 
 
 def test_missing_weights_of_a_phase_to_come_are_refused(tmp_path: Path) -> None:
@@ -122,3 +122,33 @@ def test_a_run_of_one_part_names_the_setting_alone(tmp_path: Path) -> None:
     config = phases_of(_chain(tmp_path, "{run_dir}/phases/01_first"))[-1]
     with pytest.raises(ConfigError, match=rf"^gram.teacher: {tmp_path}/phases/01_first: No such"):
         _require(config)
+
+
+def _distilled(run_dir: Path, teacher: str) -> RunConfig:
+    """Two phases, of which the second learns from another teacher than the first."""
+    (run_dir.parent / "first.pth").touch()
+    distill = {"teacher": str(run_dir.parent / "first.pth"), "class_feature_weight": 1.0}
+    phases = [
+        {"name": "first"},
+        {"name": "second", "change": {"distill": {"teacher": teacher}}},
+    ]
+    plain = tiny_config(str(run_dir), distill=distill).model_dump()
+    return parse_config(plain | {"phases": phases})
+
+
+def test_a_frozen_teacher_of_a_phase_to_come_is_looked_for(tmp_path: Path) -> None:
+    config = _distilled(tmp_path / "run", f"{tmp_path}/nowhere")
+    with pytest.raises(ConfigError, match=r"^phases.second.distill.teacher: .*nowhere: No such fi"):
+        _require(config)
+    directory(Path(phases_of(config)[1].run_dir), 3).mkdir(parents=True)  # it has begun
+    _require(config)
+
+
+def test_an_earlier_phase_may_write_the_frozen_teacher(tmp_path: Path) -> None:
+    config = _distilled(tmp_path / "run", "{run_dir}/phases/01_first")
+    _require(config)
+    assert phases_of(config)[1].distill.teacher == f"{tmp_path}/run/phases/01_first"
+    runs = phases_of(_distilled(tmp_path / "run", _OF_FIRST.format(7)))
+    assert [run.checkpoint.keep_steps for run in runs] == [(7,), ()]
+    with pytest.raises(ConfigError, match=r"second.distill.teacher: .* not in the folder of an ea"):
+        phases_of(_distilled(tmp_path / "run", "{run_dir}/phases/02_second"))

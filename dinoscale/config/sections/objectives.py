@@ -6,9 +6,6 @@ patches, Sablayrolles et al. 2018 (arXiv:1806.03198) for KoLeo; code of Simeoni 
 """
 
 import math
-import os
-import re
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -23,7 +20,6 @@ from dinoscale.config.sections.fields import (
     Section,
 )
 
-_CHECKPOINT = re.compile(r"checkpoints/step_([0-9]{8,20})")  # in a run's directory
 _LEAST_SIDE = 4  # patches; a mask is made of rectangles of 4 or more, smaller than the crop
 
 
@@ -253,21 +249,6 @@ class GramConfig(Section):
             return 0
         every = self.refresh_every_steps
         return None if every is None else max(-(-self.first_refresh_step // every), 1) * every
-
-    def teacher_lies_in(self, folder: str | Path) -> bool:
-        """Whether the weights of a Gram network are in a folder, by their path alone."""
-        if self.teacher is None or not self.loss_weight:
-            return False
-        return Path(os.path.abspath(self.teacher)).is_relative_to(os.path.abspath(folder))
-
-    def step_of_teacher(self, run_dir: str | Path) -> int | None:
-        """The step of the weights if they are a checkpoint of a run, by their path alone."""
-        if self.teacher is None or not self.teacher_lies_in(run_dir):
-            return None
-        path = os.path.relpath(os.path.abspath(self.teacher), os.path.abspath(run_dir))
-        found = _CHECKPOINT.fullmatch(Path(path).as_posix())
-        step = int(found[1]) if found else 0
-        return step if found and step and found[1] == f"{step:08d}" else None
 
     def mistakes(self, *, masks: bool, continues: bool) -> list[str]:
         """What does not go together.
