@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -26,6 +27,7 @@ from dinoscale.config import RunConfig
 from dinoscale.config.sections.lora import LoraConfig
 from dinoscale.convert.card import BackboneCard
 from dinoscale.convert.coverage import Coverage, coverage_of
+from dinoscale.convert.formats.dinov3 import without_masked_bias
 from dinoscale.convert.formats.special_tokens import slot_added, slot_removed
 from dinoscale.convert.source import read_source
 from dinoscale.convert.step_zero import compare_at_start, input_channels
@@ -144,7 +146,7 @@ def read_frozen_teacher(
     )
     if config.distill.by_features:
         log.info("the frozen teacher is %s: %s of its backbone", path, coverage)
-        identity = identity_of({"backbone": weights.backbone})
+        identity = identity_of({"backbone": _of_features(weights)})
         return InitialWeights(state, licence=weights.card.licence, identity=identity)
     remedy = (
         "give weights that have it, such as a run or a training checkpoint, or learn features "
@@ -185,6 +187,25 @@ def identity_of(parts: Mapping[str, Mapping[str, Tensor]]) -> str:
             digest.update(f"{part}.{name} {[*value.shape]}\n".encode())
             digest.update(value.detach().float().contiguous().numpy().data)
     return digest.hexdigest()
+
+
+def _of_features(weights: Weights) -> dict[str, Tensor]:
+    """The tensors that features are computed from, float32, as every format that holds them has.
+
+    Formats differ in what does not act: a mask token, a norm of local crops, layer scales of ones
+    and a masked bias of keys; and some add the class token's position to the class token.
+    """
+    state = {
+        name: value.detach().float()
+        for name, value in without_masked_bias(weights).backbone.items()
+        if name != "mask_token"
+        and not name.startswith("local_norm.")
+        and not _scales_by_one(name, weights.backbone)
+    }
+    positions = state.get("pos_embed")
+    if positions is not None and math.isqrt(positions.shape[1]) ** 2 != positions.shape[1]:
+        return slot_removed(state)  # a square of patches, and one more
+    return state
 
 
 def _read_backbone(
@@ -274,12 +295,19 @@ def _with_special_tokens_of(
         log.info("%s has no norm of local crops: it starts as that of global ones", key)
     for name in [name for name in state if name.startswith("local_norm.") and name not in wanted]:
         del state[name]
+    for name in [name for name in state if name not in wanted and _scales_by_one(name, state)]:
+        del state[name]  # the form in transformers of a ViT with a mask token
     if "pos_embed" not in wanted:
         return state
     more = state["pos_embed"].shape[1] - wanted["pos_embed"].shape[1]
     if more == 1:
         return slot_removed(state)
     return slot_added(state) if more == -1 else state
+
+
+def _scales_by_one(name: str, state: Mapping[str, Tensor]) -> bool:
+    """Whether a tensor is a layer scale that does not act."""
+    return name.endswith(".gamma") and bool((state[name] == 1).all())
 
 
 def adapted_channels(weight: Tensor, channels: int) -> Tensor:

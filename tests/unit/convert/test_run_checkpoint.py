@@ -14,6 +14,7 @@ from dinoscale.checkpoint.checksums import sha256, write_sums
 from dinoscale.checkpoint.load import open_run
 from dinoscale.config import RunConfig
 from dinoscale.convert.conversion import convert
+from dinoscale.convert.initial_weights import read_frozen_teacher
 from dinoscale.convert.parity import require_merged
 from dinoscale.convert.source import read_source
 from dinoscale.convert.weights_file import build_head, load_backbone
@@ -39,7 +40,7 @@ def _write_run(folder: Path, config: RunConfig) -> dict[str, Tensor]:
     """Write a checkpoint of four ranks; returns the teacher's weights."""
     teacher = dict(build_networks(config)[1].state_dict())
     for name in teacher:
-        if name.endswith(".lora_b"):  # begins as zeros
+        if name.endswith((".lora_b", ".bias", "mask_token")):  # begin as zeros
             teacher[name] = 0.1 * torch.randn_like(teacher[name])
     kinds = {"ema": 0.0, "master": 1.0, "exp_avg": 2.0, "exp_avg_sq": 3.0}
     step = folder / "checkpoints" / "step_00000007"
@@ -66,6 +67,40 @@ def _write_run(folder: Path, config: RunConfig) -> dict[str, Tensor]:
     (step / "state.json").write_text(json.dumps(state))
     write_sums(step, {file.name: sha256(file) for file in sorted(step.iterdir())})
     return teacher
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "plain": {"backbone": "vit_tiny_patch16_224", "patch_size": 8},
+    "scaled": {"backbone": "vit_small_patch14_dinov2"},
+    "registers": {"backbone": "vit_small_patch14_reg4_dinov2"},
+    "rotary": {"backbone": "vit_small_patch16_dinov3", "qkv_bias": True, "mask_key_bias": True},
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_teacher_of_features_is_the_same_in_every_format(tmp_path: Path, model: str) -> None:
+    size = MODELS[model].get("patch_size") or int(MODELS[model]["backbone"].split("patch")[1][:2])
+    sizes = {"embed_dim": 48, "depth": 2, "num_heads": 3}
+    crops = {"global_size": 4 * size, "local_size": 2 * size, "num_local": 0}
+    sections: dict[str, Any] = {
+        **{"model": {**MODELS[model], **sizes}, "crops": crops, "ibot": {"loss_weight": 1.0}},
+        "eval": {"crop": 4 * size, "resize": 4 * size},
+    }
+    run = tmp_path / "run"
+    _write_run(run, tiny_config(**sections))
+    files = {"a.pth": "dino", "a.safetensors": "dino", "timm": "timm", "hf": "hf"}
+    for name, to in files.items():
+        convert(run, tmp_path / name, to=to)
+
+    def identity(name: str) -> str | None:
+        distill = {"teacher": str(tmp_path / name), "class_feature_weight": 1.0}
+        weights = read_frozen_teacher(tiny_config(**sections | {"distill": distill}))
+        assert weights is not None
+        return weights.identity
+
+    assert len({identity(name) for name in ("run", *files)}) == 1
+    _write_run(tmp_path / "other", tiny_config(**sections).model_copy(update={"seed": 1}))
+    assert identity("other") != identity("run")
 
 
 @pytest.mark.parametrize(
