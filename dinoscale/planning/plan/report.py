@@ -225,7 +225,7 @@ def _as_json(option: Option, run: RunPlan, links: Links) -> dict[str, Any]:
         "peak_moment": option.peak.moment,
         "bytes": {part: round(option.peak.terms[part]) for part in PARTS},
         "images_per_s": round(option.images_per_s, 1),
-        "step_s": round(option.step_s, 6),
+        "step_s": max(round(option.step_s, 6), 1e-6),  # less of tiny networks
         "offload_s": round(option.offload_s, 6),
         "hours": round(run.stop_step * option.step_s / 3600, 2),
         "communication": {
@@ -248,8 +248,11 @@ def _assumptions(config: RunConfig, machine: Machine, *, given: bool, within: bo
         "blocks are compiled (engine.compile) and save all activations that autograd keeps"
         if config.engine.compile is not False
         else "blocks are not compiled (engine.compile), and make some activations again",
-        "the prototypes are trained; the first steps, which freeze them, need less",
     ]
+    if config.has_heads:
+        sentences.append(
+            "the prototypes are trained; the first steps, which freeze them, need less"
+        )
     if config.model.drop_path_mode == "subset":
         sentences.append(
             "branches that stochastic depth drops take no time, but count in the GFLOPs per image"

@@ -10,6 +10,7 @@ from dinoscale.errors import ConfigError
 from dinoscale.planning.plan.communication import Links, Transfer, transfers, waited_s
 from dinoscale.planning.plan.hardware import GPUS, find_gpu, parse_bytes
 from dinoscale.planning.plan.partition import Setup
+from dinoscale.planning.plan.report import make_plan
 from dinoscale.planning.plan.strategies import (
     Machine,
     Option,
@@ -18,6 +19,7 @@ from dinoscale.planning.plan.strategies import (
     options,
     recomputed_flops,
 )
+from dinoscale.planning.plan.table import as_text
 from tests.unit.plan.tiny import DIMS, SETUP
 
 WEIGHTS = 1844 + 700
@@ -215,3 +217,33 @@ def test_an_unknown_gpu_is_refused_with_those_that_are_known() -> None:
     assert find_gpu("H100") is GPUS["h100"]
     with pytest.raises(ConfigError, match=r"unknown name 'h1000'; known: .*a100.*h200"):
         find_gpu("h1000")
+
+
+def test_a_tiny_network_without_heads_has_a_plan() -> None:
+    tiny = {"backbone": "vit_tiny_patch16_224", "embed_dim": 16, "depth": 2, "num_heads": 2}
+    for weight in (0.0, 1.0):
+        config = parse_config(
+            {
+                "model": tiny,
+                "head": {"num_prototypes": 33, "hidden_dim": 22, "bottleneck_dim": 15},
+                "dino": {"loss_weight": weight},
+                "crops": {"global_size": 32, "num_local": 0},
+                "train": {"batch_size": 4, "micro_batch_size": 4},
+                "data": {"images_per_epoch": 16},
+                "distill": {"teacher": "w.pth", "model": tiny, "class_feature_weight": 1.0},
+            }
+        )
+        text = as_text(
+            make_plan(
+                config,
+                gpus=2,
+                gpu="h100",
+                gpu_memory=None,
+                utilization=0.4,
+                network=None,
+                node_gpus=8,
+                storage=10.0,
+            )
+        )
+        assert "recommended: " in text
+        assert ("the prototypes are trained" in text) == bool(weight)
