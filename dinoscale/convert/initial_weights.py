@@ -80,6 +80,8 @@ def read_initial_weights(
             )
         elif weights.patch_head:
             log.info("the patch tokens' own head of %s is left out: this run has none", path)
+    elif config.train.init_head:
+        log.info("train.init_head takes no projection head of %s: this run has none", path)
     elif weights.head or weights.patch_head:
         log.info("the projection head of %s is left out; train.init_head=true takes it", path)
     log.info("starting from %s: %s of its backbone", path, coverage)
@@ -144,10 +146,13 @@ def read_frozen_teacher(
     weights, state, coverage, _ = _read_backbone(
         path, network.backbone, config.of_teacher, heartbeat, key=_FROZEN, section="distill.model"
     )
+    licence = weights.card.licence
+    if licence is not None:
+        log.info("%s", licence)
     if config.distill.by_features:
         log.info("the frozen teacher is %s: %s of its backbone", path, coverage)
-        identity = identity_of({"backbone": _of_features(weights)})
-        return InitialWeights(state, licence=weights.card.licence, identity=identity)
+        identity = identity_of({"backbone": _of_features(weights)}, heartbeat)
+        return InitialWeights(state, licence=licence, identity=identity)
     remedy = (
         "give weights that have it, such as a run or a training checkpoint, or learn features "
         "without heads (distill.class_feature_weight, distill.patch_feature_weight)"
@@ -165,18 +170,18 @@ def read_frozen_teacher(
             "give distill.head and distill.patch_head"
         )
     log.info("the frozen teacher is %s: %s of its backbone, and its heads", path, coverage)
-    if weights.card.licence is not None:
-        log.info("%s", weights.card.licence)
-    return InitialWeights(
-        state, **heads, licence=weights.card.licence, identity=identity_of(weights.parts())
-    )
+    identity = identity_of(weights.parts(), heartbeat)
+    return InitialWeights(state, **heads, licence=licence, identity=identity)
 
 
-def identity_of(parts: Mapping[str, Mapping[str, Tensor]]) -> str:
+def identity_of(
+    parts: Mapping[str, Mapping[str, Tensor]], heartbeat: Callable[[], None] = lambda: None
+) -> str:
     """Digest of the values of weights, whatever their format and the size of images.
 
     Args:
         parts: tensors of each network by name, of any float dtype.
+        heartbeat: called after each tensor.
 
     Returns:
         SHA-256 in hexadecimal of names, shapes and values in float32.
@@ -186,6 +191,7 @@ def identity_of(parts: Mapping[str, Mapping[str, Tensor]]) -> str:
         for name, value in sorted(state.items()):
             digest.update(f"{part}.{name} {[*value.shape]}\n".encode())
             digest.update(value.detach().float().contiguous().numpy().data)
+            heartbeat()
     return digest.hexdigest()
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -312,6 +313,19 @@ def test_the_summary_says_what_how_far_how_fast_and_how_well(tmp_path: Path) -> 
     assert "Still training: 100 of 200 steps, 2 epochs, 3,200 images" in text
     assert "Trained for 50 s at 64 images/s (median). Time left at this speed: 50 s." in text
     assert "20.0 % at step 100" in text
+
+
+def test_the_summary_calls_maps_without_heads_by_their_name(tmp_path: Path) -> None:
+    record = read_record(make_run(tmp_path, log_lines(100), age_s=30))
+    config = parse_config(
+        {
+            "dino": {"loss_weight": 0.0},
+            "crops": {"num_local": 0},
+            "distill": {"teacher": "w.pth", "class_feature_weight": 1.0},
+        }
+    )
+    text = describe_run(replace(record, config=config), find_state(record, now=NOW))[0]
+    assert "(21.7 M parameters and maps to the teacher's features of 0.148 M)" in text
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,8 @@ def _what(record: Record) -> str:
     counts = count_parameters(config)
     size = "" if counts.backbone is None else f" ({counts.backbone / 1e6:.3g} M parameters"
     if size:
-        head = "" if counts.head is None else f" and a head of {counts.head / 1e6:.3g} M"
+        beside = "a head" if config.has_heads else "maps to the teacher's features"
+        head = "" if counts.head is None else f" and {beside} of {counts.head / 1e6:.3g} M"
         size += f"{head})"
     images = record.plan.get("num_images")
     data = config.data.sources_text if config.data.sources else "no images"

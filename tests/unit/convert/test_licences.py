@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from dinoscale.convert.conversion import convert
 from dinoscale.convert.formats.dinov3 import as_in_dinov3
 from dinoscale.convert.formats.licences import joined_notes
-from dinoscale.convert.initial_weights import read_initial_weights
+from dinoscale.convert.initial_weights import read_frozen_teacher, read_initial_weights
 from dinoscale.convert.source import read_source
 from dinoscale.engine.build import build_networks
 from dinoscale.models.rope import Rope
@@ -99,3 +99,37 @@ def test_a_run_takes_the_note_over(tmp_path: Path) -> None:
     start = read_initial_weights(tiny_config(model=model, train={"init_from": str(path)}))
     assert start is not None
     assert start.licence == read_source(path).card.licence
+
+
+def test_a_teacher_of_features_says_its_licence_and_that_it_is_being_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    path = _file(tmp_path, "dinov2")
+    model = tiny_config().model.model_dump(exclude_none=True) | FAMILIES["dinov2"][0]
+    model |= {"num_heads": 1, "embed_dim": 64}
+    distill = {"teacher": str(path), "model": model, "class_feature_weight": 1.0}
+    digested: list[int] = []
+    config = tiny_config(distill=distill)
+    weights = read_frozen_teacher(config, lambda: digested.append(len(caplog.records)))
+    assert weights is not None
+    assert weights.licence is not None
+    assert weights.licence in caplog.messages
+    assert digested.count(len(caplog.records)) >= len(weights.backbone)  # after the last message
+
+
+def test_a_head_that_a_run_without_heads_cannot_take_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    path = _file(tmp_path, "dino")
+    model = tiny_config().model.model_dump(exclude_none=True) | {"num_heads": 1, "embed_dim": 64}
+    config = tiny_config(
+        model=model,
+        dino={"loss_weight": 0.0},
+        crops={"num_local": 0},
+        distill={"teacher": str(path), "class_feature_weight": 1.0},
+        train={"init_from": str(path), "init_head": True},
+    )
+    assert read_initial_weights(config) is not None
+    assert "train.init_head takes no projection head" in caplog.text
