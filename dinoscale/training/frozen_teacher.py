@@ -13,6 +13,32 @@ from dinoscale.runtime import distributed
 from dinoscale.runtime.opening import on_first_rank
 
 
+def require_same_form(checkpoint: Checkpoint, config: RunConfig) -> None:
+    """Refuse to learn other outputs of a frozen teacher than before; it is not read for that.
+
+    Its heads' outputs or its features, of class tokens or patches: each has maps of its own in the
+    student, and features are learned from weights of which heads are not compared.
+
+    Args:
+        checkpoint: of the run, which goes on from it.
+        config: of the run.
+
+    Raises:
+        ConfigError: a weight of features is 0 and was not, or the other way round.
+    """
+    saved = checkpoint.state["config"].get("distill", {})
+    if saved.get("teacher") is None or config.distill.teacher is None:
+        return  # by their weights, see `read_same_teacher`
+    for key in ("class_feature_weight", "patch_feature_weight"):
+        then, now = saved.get(key, 0.0), getattr(config.distill, key)
+        if bool(then) != bool(now):
+            raise ConfigError(
+                f"distill.{key}: was {then} when {checkpoint.path} was saved and is {now} now; it "
+                "decides which outputs of the frozen teacher are learned, and which maps the "
+                "student has. Restore the old value, or start a new run with another run_dir"
+            )
+
+
 def read_same_teacher(
     config: RunConfig, checkpoint: Checkpoint | None, heartbeat: Callable[[], None] = lambda: None
 ) -> InitialWeights | None:

@@ -232,6 +232,7 @@ def _build(
     if checkpoint is not None:
         config = keep_micro_batch(checkpoint, config, world_size=process.world_size)
         require_same_run(checkpoint, config, _plan(without_auto(config), process, source))
+        frozen_teacher.require_same_form(checkpoint, config)
         distributed.together(lambda: require_same_set(checkpoint, images) if is_first else None)
     elif is_first and os.path.exists(run_dir / "metrics.jsonl"):
         log.warning("%s has logged steps but no checkpoint: starting from step 0", run_dir)
