@@ -119,7 +119,8 @@ run_dir: runs/vits16_of_vitl14
 model: {drop_path_rate: 0.0}
 head: {num_prototypes: 131072}  # as many as the teacher's
 patch_head: {num_prototypes: 131072, norm_last_layer: false}
-dino: {targets: sinkhorn_knopp}
+dino: {targets: sinkhorn_knopp, teacher_temp: 0.07, warmup_teacher_temp_epochs: 0}
+ibot: {mask_prob: 1.0}          # patch targets in both global crops
 distill:
   teacher: runs/dinov2_vitl14   # a run, one of its checkpoints, or a teacher_checkpoint.pth
   model: {backbone: vit_large_patch16_224, patch_size: 14, ffn: swiglu, layer_scale: 1e-5}
@@ -131,7 +132,10 @@ distill:
 DINOv3 made their small models: `dino`, `ibot` and `koleo` as ever, with the outputs of the frozen
 teacher and its heads as targets. The student sees its whole crops; the patch loss is taken at the
 patches that `ibot` draws. The student's average is updated as ever, and is what k-NN measures and
-`convert` exports. The papers set `model.drop_path_rate=0.0`.
+`convert` exports. DINOv2 takes the patch loss on both global crops, hence `ibot.mask_prob=1.0`,
+which draws patches in each of them; DINOv3 takes it at the patches drawn as ever, with the default
+0.5 in half of the crops. Both papers set `model.drop_path_rate=0.0`, and DINOv3's example keeps the
+teacher's temperature at 0.07: a run that has either otherwise is warned at its start.
 
 `distill.model`, `distill.head` and `distill.patch_head` say what the teacher is, as the sections of
 the same name do in the `config.yaml` of its run; what is left out is as the student's. It may be of

@@ -39,6 +39,27 @@ def require_same_form(checkpoint: Checkpoint, config: RunConfig) -> None:
             )
 
 
+def recipe_caution(config: RunConfig) -> str | None:
+    """A warning if the student of a frozen teacher's heads is trained as without one.
+
+    Returns:
+        A sentence; None where both follow the papers, or no heads of a frozen teacher teach.
+    """
+    if not config.distill.by_heads:
+        return None
+    rate, dino, curve = config.model.drop_path_rate, config.dino, config.schedules.teacher_temp
+    found = [f"model.drop_path_rate={rate}, where the papers have 0.0"] if rate else []
+    warms_up = dino.warmup_teacher_temp_epochs and dino.warmup_teacher_temp != dino.teacher_temp
+    key = "dino.warmup_teacher_temp_epochs=0"
+    if curve is not None:
+        warms_up, key = len(set(curve.reached)) > 1, "a constant schedules.teacher_temp"
+    if warms_up:
+        found.append(f"a teacher temperature that changes, where DINOv3 has 0.07 all along ({key})")
+    if not found:
+        return None
+    return f"distill.teacher is frozen from the start, and this run has {' and '.join(found)}"
+
+
 def read_same_teacher(
     config: RunConfig, checkpoint: Checkpoint | None, heartbeat: Callable[[], None] = lambda: None
 ) -> InitialWeights | None:

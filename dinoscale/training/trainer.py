@@ -429,6 +429,7 @@ def _announce(
         drawn_images_caution(config),
         None if state is None else initial_weights_caution(config, state["config"]),
         anchor_caution(config, with_anchor),
+        frozen_teacher.recipe_caution(config),
     ):
         if caution is not None:
             log.warning("%s", caution)

@@ -8,7 +8,7 @@ import pytest
 
 from dinoscale.config import RunConfig, parse_config
 from dinoscale.errors import ConfigError
-from dinoscale.training.frozen_teacher import require_same_form
+from dinoscale.training.frozen_teacher import recipe_caution, require_same_form
 
 CLASS, PATCH = "class_feature_weight", "patch_feature_weight"
 
@@ -45,3 +45,31 @@ def test_other_outputs_of_the_teacher_are_refused_before_it_is_read(
             del saved["distill"][field]
     with pytest.raises(ConfigError, match=said):
         require_same_form(checkpoint, _config(now))
+
+
+WHOLE = {"drop_path_rate": 0.0}
+WARMS_UP = {"warmup_teacher_temp": 0.04, "teacher_temp": 0.07, "warmup_teacher_temp_epochs": 3}
+CURVE = {"start": 0.04, "peak": 0.07, "end": 0.07, "warmup_epochs": 3}
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({}, []),
+        ({"model": {"drop_path_rate": 0.1}}, ["model.drop_path_rate=0.1"]),
+        ({"dino": WARMS_UP}, ["dino.warmup_teacher_temp_epochs=0"]),
+        ({"dino": {**WARMS_UP, "warmup_teacher_temp_epochs": 0}}, []),
+        ({"schedules": {"teacher_temp": CURVE}}, ["schedules.teacher_temp"]),
+        ({"schedules": {"teacher_temp": {**CURVE, "start": 0.07}}}, []),
+        ({"model": {"drop_path_rate": 0.1}, "dino": WARMS_UP}, ["drop_path", "temp_epochs=0"]),
+    ],
+)
+def test_a_student_trained_as_without_a_frozen_teacher_is_warned_of(
+    sections: dict[str, dict[str, Any]], says: list[str]
+) -> None:
+    given = {"model": WHOLE, **sections}
+    said = recipe_caution(_config({}, **given))
+    assert (said is None) == (not says)
+    assert all(text in (said or "") for text in says)
+    for distill in ({CLASS: 1.0}, {"teacher": None}):  # its heads give no targets
+        assert recipe_caution(_config(distill, **given)) is None

@@ -72,6 +72,8 @@ def test_the_files_in_the_head_are_some(tmp_path: Path) -> None:
     )
     heads = [config.of_teacher.head, config.of_teacher.patch_head]
     assert heads == [load_config("dinov2_vitl14").head, load_config("dinov2_vitl14").patch_head]
+    assert (config.ibot.masked_share, config.model.drop_path_rate) == (1, 0)
+    assert (config.dino.teacher_temp, config.dino.warmup_teacher_temp_epochs) == (0.07, 0)
     path.write_text(followed)
     config = load_config(str(path))
     assert (config.has_heads, config.of_teacher.model.width) == (False, 1024)
