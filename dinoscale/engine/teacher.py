@@ -284,13 +284,18 @@ class Teacher:
             self._patch_sums.targets += target_sum
 
     def _look(self, batch: MicroBatch, earlier: _Seen | None = None) -> _Seen:
+        """What the network whose heads give the targets makes of a micro-batch."""
         images = batch.global_crops.flatten(0, 1).to(self._compute_dtype)
-        seen = _Seen(copies=isinstance(self._weights, Partitioned), earlier=earlier)
+        copies = isinstance(self._weights, Partitioned)
+        seen = _Seen(copies=copies, earlier=earlier)
         rows = None if batch.masks is None else batch.masks.rows
         frozen = None if self._features is not None else self.frozen
         network = self._weights if frozen is None else frozen
         with tensor_cores(self._compute_dtype, images.device):
             network.forward([images], None, seen, None, rows)
+            if frozen is not None and self.buffers():
+                # Not asked, but its statistics of batch norm follow the images all the same.
+                self._weights.forward([images], None, _Seen(copies=False), None, rows)
         return seen
 
     @torch.no_grad()

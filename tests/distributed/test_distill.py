@@ -26,11 +26,16 @@ HEADS = {
     "patch_head": {"num_prototypes": 29, "hidden_dim": 14, "bottleneck_dim": 11},
 }
 
+WITH_BATCH_NORM = (
+    *("own-sinkhorn_knopp-0", "frozen-sinkhorn_knopp-0", "frozen-sinkhorn_knopp-3"),
+    *("own-centering-0", "frozen-centering-0"),
+)
 
-def _run(run_dir: Path, stop: int, **changes: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `tiny_config`."""
+
+def _run(run_dir: Path, stop: int, images: int = 2, **changes: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `tiny_config`; `images` of a micro-batch."""
     sections = dinov2("sinkhorn_knopp", patch_head=True) | changes
-    sections["train"] = {"epochs": 2, "batch_size": 4, "micro_batch_size": 2}
+    sections["train"] = {"epochs": 2, "batch_size": 4, "micro_batch_size": images}
     sections["train"] |= {"stop_after_steps": stop}
     sections["data"] = {"train": "synthetic:shapes?images=8&size=40", "num_workers": 0}
     sections["checkpoint"] = {"every_steps": 1, "keep_last": 9}
@@ -38,7 +43,13 @@ def _run(run_dir: Path, stop: int, **changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _distilled(
-    run_dir: Path, *, teacher: Path | None, stop: int = LAST, kind: str = "0_fp32"
+    run_dir: Path,
+    *,
+    teacher: Path | None,
+    stop: int = LAST,
+    kind: str = "0_fp32",
+    images: int = 2,
+    **changes: dict[str, Any],
 ) -> dict[str, Any]:
     model = {"backbone": "vit_tiny_patch16_224", "num_heads": 2, **LARGE}
     networks = {"model": model, **HEADS} if teacher else {}
@@ -46,8 +57,24 @@ def _distilled(
     return _run(
         run_dir,
         stop,
+        images,
+        **changes,
         distill={"teacher": str(teacher) if teacher else None, **networks},
         engine={"zero_stage": int(stage), "precision": precision},
+    )
+
+
+def _with_batch_norm(root: Path, job: str, source: Path) -> dict[str, Any]:
+    """One step of several micro-batches of a student with batch norm, by itself or distilled."""
+    teacher, rule, stage = job.split("-")
+    return _distilled(
+        root / job,
+        teacher=source if teacher == "frozen" else None,
+        stop=1,
+        kind=f"{stage}_fp32",
+        images=1,
+        head={"batch_norm": True},
+        dino={"targets": rule},
     )
 
 
@@ -74,6 +101,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source, resumed = root / "source", root / "resumed"
     runs = [
         _run(source, 2, model=LARGE, **HEADS, engine={"precision": "fp32"}),
+        *(_with_batch_norm(root, job, source) for job in WITH_BATCH_NORM),
         _distilled(root / "whole", teacher=source),
         _distilled(root / "3_fp32", teacher=source, kind="3_fp32"),
         _distilled(root / "3_bf16", teacher=source, kind="3_bf16", stop=1),
@@ -85,8 +113,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     function = "tests.distributed.test_distill:train_all"
     first, second = run_distributed(function, world_size=2, timeout_s=280, runs=runs)
     assert first == [end.removeprefix("rank 0: ") for end in second]
-    assert first[:5] == 5 * ["done"]
-    (root / "ends.json").write_text(json.dumps(first[5:]))
+    assert first[:-3] == (len(runs) - 3) * ["done"]
+    (root / "ends.json").write_text(json.dumps(first[-3:]))
     return root
 
 
@@ -123,3 +151,23 @@ def test_a_teacher_in_partitions_gives_the_same_targets(root: Path, kind: str) -
     for here, there in zip(found, whole, strict=False):
         for term in LOGGED[:3]:
             assert here[term] == pytest.approx(there[term], rel=rel)
+
+
+@pytest.mark.parametrize("job", [job for job in WITH_BATCH_NORM if job.startswith("frozen")])
+def test_the_averages_batch_norm_sees_the_images_though_another_network_teaches(
+    root: Path, job: str
+) -> None:
+    _, rule, stage = job.split("-")
+    own, found = (
+        load_file(directory(root / name, 1) / "shared.safetensors")
+        for name in (f"own-{rule}-0", job)
+    )
+    statistics = {name for name in own if name.startswith("teacher/head.") and "running" in name}
+    assert len(statistics) == 4  # mean and variance of two layers
+    for name in statistics:
+        # In the first step both averages are the student as it began, and see the same crops.
+        rtol = 0 if stage == "0" else 1e-5
+        torch.testing.assert_close(found[name], own[name], rtol=rtol, atol=rtol)
+    counts = [value for name, value in found.items() if name.endswith("num_batches_tracked")]
+    assert counts
+    assert all(int(count) == 2 for count in counts)  # each micro-batch once
