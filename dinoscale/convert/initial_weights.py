@@ -37,6 +37,7 @@ from dinoscale.engine.build import InitialWeights, StepZero, shapes_only
 from dinoscale.errors import CheckpointError, ConfigError
 from dinoscale.models.block import KeylessBias
 from dinoscale.models.heads import DinoHead
+from dinoscale.models.network import MAPS, DinoNetwork
 from dinoscale.models.resnet import ResNet50
 from dinoscale.models.vit import VisionTransformer
 from dinoscale.models.weight_names import from_reference
@@ -84,6 +85,7 @@ def read_initial_weights(
         log.info("train.init_head takes no projection head of %s: this run has none", path)
     elif weights.head or weights.patch_head:
         log.info("the projection head of %s is left out; train.init_head=true takes it", path)
+    heads["maps"] = _fitted_maps(weights.maps, network, path, wanted=config.train.init_head)
     log.info("starting from %s: %s of its backbone", path, coverage)
     if weights.card.licence is not None:
         log.info("%s", weights.card.licence)
@@ -363,6 +365,28 @@ def _fitted_head(
             f"change {section}.*, or {remedy}"
         )
     return state
+
+
+def _fitted_maps(
+    maps: Mapping[str, Tensor], network: DinoNetwork, path: str, *, wanted: bool
+) -> dict[str, Tensor]:
+    """Those of a run's maps to another network's features that the source has, too."""
+    here = {name: v for name, v in network.state_dict().items() if name.startswith(MAPS)}
+    taken = {name: maps[name] for name in here if wanted and name in maps}
+    coverage = coverage_of(taken, {name: here[name] for name in taken})
+    if not coverage.complete:
+        raise ConfigError(
+            f"train.init_head: the maps of features of {path} are not those of distill.model "
+            f"({coverage}); change distill.model.*, or set train.init_head=false to start with "
+            "random ones"
+        )
+    random, left_out = (sorted(names - taken.keys()) for names in (here.keys(), maps.keys()))
+    if random:
+        log.info("maps to features that start as random ones: %s", ", ".join(random))
+    if left_out:
+        remedy = "this run has none" if wanted else "train.init_head=true takes those it has, too"
+        log.info("maps to features of %s left out: %s; %s", path, ", ".join(left_out), remedy)
+    return taken
 
 
 def _remedy(

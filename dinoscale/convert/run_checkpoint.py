@@ -10,6 +10,7 @@ from dinoscale.config import RunConfig, parse_config
 from dinoscale.convert.card import BackboneCard, BackboneShape
 from dinoscale.convert.weights import Adapted, Network, Weights
 from dinoscale.engine.build import layers_of
+from dinoscale.models.network import MAPS
 from dinoscale.models.weight_names import merged
 
 _KINDS = {"teacher": EMA, "student": MASTER}
@@ -71,6 +72,7 @@ def read_run(
         "run",
         run=origin,
         patch_head=parts["patch_head."] or None,
+        maps={name: tensor for name, tensor in tensors.items() if name.startswith(MAPS)},
         adapted=adapted,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
@@ -52,6 +52,7 @@ class Weights:
         network: which of the two it is; the default where the source holds only one.
         run: of a run, its checkpoint's name, step, k-NN accuracy in percent and configuration.
         patch_head: tensors of the patch tokens' own head, as `head`; None where they have none.
+        maps: of a run that follows features the maps to them, by their names in the network.
         adapted: of a run with adapters the backbone into whose matrices they are merged here.
     """
 
@@ -63,6 +64,7 @@ class Weights:
     network: Network = "teacher"
     run: Mapping[str, object] | None = None
     patch_head: dict[str, Tensor] | None = None
+    maps: Mapping[str, Tensor] = field(default_factory=dict)
     adapted: Adapted | None = None
 
     @property

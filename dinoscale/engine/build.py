@@ -1,7 +1,7 @@
 """From configuration and plan to student, teacher and schedules."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -63,6 +63,7 @@ class InitialWeights:
         backbone: every tensor of the backbone, on the CPU.
         head: every tensor of the projection head; None leaves it random.
         patch_head: every tensor of the patch tokens' own head; None leaves it random.
+        maps: those to another network's features, by their names in the network; others are random.
         step_zero: what the backbone computes; None where nothing was compared.
         licence: what is known of theirs, None if they began as random ones.
         identity: digest of them as they were read; None where nobody asks for it.
@@ -71,6 +72,7 @@ class InitialWeights:
     backbone: Mapping[str, Tensor]
     head: Mapping[str, Tensor] | None = None
     patch_head: Mapping[str, Tensor] | None = None
+    maps: Mapping[str, Tensor] = field(default_factory=dict)
     step_zero: StepZero | None = None
     licence: str | None = None
     identity: str | None = None
@@ -78,7 +80,10 @@ class InitialWeights:
     def by_name(self) -> dict[str, Tensor]:
         """All tensors by their names in the network."""
         parts = {"backbone": self.backbone, "head": self.head, "patch_head": self.patch_head}
-        return {f"{part}.{k}": v for part, state in parts.items() for k, v in (state or {}).items()}
+        named = {
+            f"{part}.{k}": v for part, state in parts.items() for k, v in (state or {}).items()
+        }
+        return named | {**self.maps}
 
 
 def build_networks(

@@ -13,6 +13,8 @@ from dinoscale.models.heads import DinoHead
 from dinoscale.models.resnet import ResNet50
 from dinoscale.models.vit import VisionTransformer
 
+MAPS = ("class_map.", "patch_map.")  # how the tensors of maps begin, see `DinoNetwork`
+
 
 class Objective(Protocol):
     """What is computed inside the network's forward, where ZeRO has gathered its weights.

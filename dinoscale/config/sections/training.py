@@ -227,7 +227,7 @@ class TrainConfig(Section):
     init_head: bool = Field(
         default=False,
         description="Also take the projection head of init_from, whose sizes must be those of "
-        "head.*; else the head starts random. [D].",
+        "head.*, and of a run its maps to features (distill.*); else these start random. [D].",
     )
     continue_from: PathText | None = Field(
         default=None,

@@ -14,12 +14,12 @@ from dinoscale.checkpoint.checksums import sha256, write_sums
 from dinoscale.checkpoint.load import open_run
 from dinoscale.config import RunConfig
 from dinoscale.convert.conversion import convert
-from dinoscale.convert.initial_weights import read_frozen_teacher
+from dinoscale.convert.initial_weights import read_frozen_teacher, read_initial_weights
 from dinoscale.convert.parity import require_merged
 from dinoscale.convert.source import read_source
 from dinoscale.convert.weights_file import build_head, load_backbone
 from dinoscale.engine.build import build_networks
-from dinoscale.errors import ConversionError
+from dinoscale.errors import ConfigError, ConversionError
 from dinoscale.models.rope import Rope
 from dinoscale.planning.bench.tensor_memory import with_peak_bytes
 from tests.distributed.tiny_run import tiny_config
@@ -242,6 +242,43 @@ def test_merged_adapters_give_the_features_that_were_trained(tmp_path: Path) -> 
         with pytest.raises(ConversionError, match=r"with its adapters merged, features differ by"):
             require_merged(wrong)
     assert require_merged(replace(weights, adapted=None)) is None
+
+
+@pytest.mark.parametrize("with_heads", [False, True])
+def test_maps_to_features_are_taken_with_the_heads_and_else_named(
+    tmp_path: Path, with_heads: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    torch.manual_seed(0)
+    teacher = _write_run(tmp_path, _following(with_heads=with_heads))
+    # The teacher's width, and the other map of its own: as a later phase takes them.
+    later = _following(with_heads=with_heads, init_from=str(tmp_path), init_head=True)
+    weights = read_initial_weights(later)
+    assert weights is not None
+    found = weights.by_name()
+    assert {"class_map.bias", "patch_map.weight"} < found.keys() == teacher.keys()
+    for network in build_networks(later, weights):
+        state = network.state_dict()
+        assert all(torch.equal(state[name], teacher[name]) for name in teacher)
+    assert "maps to features" not in caplog.text
+    anew = read_initial_weights(_following(with_heads=with_heads, init_from=str(tmp_path)))
+    assert anew is not None
+    assert not anew.maps
+    assert "start as random ones: class_map.bias, class_map.weight, patch_map.b" in caplog.text
+    assert "train.init_head=true takes those it has" in caplog.text
+    wider = _following(with_heads=with_heads, width=26, init_from=str(tmp_path), init_head=True)
+    with pytest.raises(
+        ConfigError, match=r"^train.init_head: the maps .*class_map.weight \[24, 20"
+    ):
+        read_initial_weights(wider)
+
+
+def _following(*, with_heads: bool, width: int = 24, **train: Any) -> RunConfig:
+    """A run that follows features of both kinds, alone or beside its own heads."""
+    distill = {"teacher": "w.pth", "class_feature_weight": 1.0, "patch_feature_weight": 1.0}
+    model = tiny_config().model.model_dump() | {"embed_dim": width}
+    own = {} if with_heads else {"dino": {"loss_weight": 0.0}, "crops": {"num_local": 0}}
+    return tiny_config(distill={**distill, "model": model}, train=train, **own)
 
 
 def test_a_published_card_has_the_recipe_and_no_paths(
