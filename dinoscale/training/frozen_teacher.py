@@ -1,5 +1,6 @@
 """The frozen teacher of a run: read at every start, and the same as long as the run lasts."""
 
+import logging
 from collections.abc import Callable
 from functools import partial
 
@@ -11,6 +12,8 @@ from dinoscale.engine.teacher import Teacher
 from dinoscale.errors import ConfigError
 from dinoscale.runtime import distributed
 from dinoscale.runtime.opening import on_first_rank
+
+log = logging.getLogger(__name__)
 
 
 def require_same_form(checkpoint: Checkpoint, config: RunConfig) -> None:
@@ -102,6 +105,26 @@ def _require_same(config: RunConfig, checkpoint: Checkpoint | None, identity: st
         f"distill.teacher: the run of {path} {what}, or start a new run with another run_dir; got "
         f"{named}" + ("" if identity is None else f" (identity {identity[:12]})")
     )
+
+
+def teaches_on(config: RunConfig, other: Checkpoint, weights: InitialWeights | None) -> bool:
+    """Whether the heads that gave another run's targets give this one's; collective.
+
+    Only then are its centers, which are means of outputs of that network, those of this run.
+
+    Args:
+        config: of the run.
+        other: the checkpoint that it begins with.
+        weights: of the frozen teacher, on rank 0.
+    """
+    now = weights.identity if weights is not None and config.distill.by_heads else None
+    section = other.state["config"].get("distill", {})
+    by_features = any(section.get(key) for key in ("class_feature_weight", "patch_feature_weight"))
+    then = None if by_features else other.frozen_teacher
+    same: bool = distributed.broadcast_object(now == then)
+    if not same and distributed.rank() == 0:
+        log.info("the centers of %s are of another teacher's outputs: they begin anew", other.path)
+    return same
 
 
 def begin(teacher: Teacher, weights: InitialWeights | None) -> None:

@@ -442,6 +442,7 @@ def restore(
     heartbeat: Callable[[], None] = lambda: None,
     *,
     image_size: int | None = None,
+    centers: bool = True,
 ) -> None:
     """Restore student, optimizer, teacher and what it compares with, at any ranks and stage.
 
@@ -454,6 +455,7 @@ def restore(
         heartbeat: called after each tensor of this rank.
         image_size: side of the global crops in pixels, for which position embeddings of another
             grid, and their moments, are resized as the forward does it; None: refuse them.
+        centers: whether to take the centers of the targets, too; else they keep their values.
 
     Raises:
         CheckpointError: on every rank, if it is of another model or parts are missing.
@@ -486,8 +488,8 @@ def restore(
         teacher.anchor.restore(partial(read, ANCHOR))
     elif teacher.anchor is not None:
         teacher.anchor.take(student.master)
-    for name, value in live.items():
-        value.copy_(checkpoint.shared[name])
+    for name in live.keys() - (() if centers else teacher.centers().keys()):
+        live[name].copy_(checkpoint.shared[name])
 
 
 def _resized(

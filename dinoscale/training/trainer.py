@@ -262,8 +262,9 @@ def _build(
         torch.set_num_threads(cores_per_rank(process.local_world_size))
     watchdog.progress("building the networks")
     distributed.together(stop.check)
+    centers = other is None or frozen_teacher.teaches_on(config, other, frozen_from)
     student, teacher = _networks(
-        config, plan, init_from, checkpoint, other, heartbeat=watchdog.heartbeat
+        config, plan, init_from, checkpoint, other, centers=centers, heartbeat=watchdog.heartbeat
     )
     if checkpoint is None and config.train.init_from is not None:
         watchdog.progress("comparing the features with those of train.init_from")
@@ -305,15 +306,20 @@ def _networks(
     checkpoint: Checkpoint | None,
     other: Checkpoint | None = None,
     *,
+    centers: bool = True,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> tuple[Student, Teacher]:
-    """Student and teacher: initial weights, or from a checkpoint of this run or of another one."""
+    """Student and teacher: initial weights, or from a checkpoint of this run or of another one.
+
+    `centers` says whether those of the other one are taken, too.
+    """
     begins = checkpoint is None and other is None
     student, teacher = build_pair(config, plan, init_from, values=begins, heartbeat=heartbeat)
     if checkpoint is not None:
         restore(checkpoint, student, teacher, heartbeat)
     elif other is not None:
-        restore(other, student, teacher, heartbeat, image_size=config.crops.global_size)
+        side = config.crops.global_size
+        restore(other, student, teacher, heartbeat, image_size=side, centers=centers)
     return student, teacher
 
 

@@ -78,6 +78,14 @@ def _with_batch_norm(root: Path, job: str, source: Path) -> dict[str, Any]:
     )
 
 
+def _continued(root: Path, name: str, teacher: Path | None) -> dict[str, Any]:
+    """One step from a distilled run's checkpoint, after which a center is nearly as before it."""
+    dino = {"targets": "centering", "center_momentum": 0.999}
+    run = _distilled(root / name, teacher=teacher, stop=1, head={"batch_norm": True}, dino=dino)
+    run["train"]["continue_from"] = str(root / "frozen-centering-0")
+    return run
+
+
 def train_all(runs: list[dict[str, Any]]) -> list[str]:
     """On every rank: train each of `runs`, arguments of `tiny_config`, and say how it ended."""
     from dinoscale.errors import ConfigError
@@ -102,6 +110,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = [
         _run(source, 2, model=LARGE, **HEADS, engine={"precision": "fp32"}),
         *(_with_batch_norm(root, job, source) for job in WITH_BATCH_NORM),
+        *(_continued(root, name, teacher) for name, teacher in (("on", source), ("anew", None))),
         _distilled(root / "whole", teacher=source),
         _distilled(root / "3_fp32", teacher=source, kind="3_fp32"),
         _distilled(root / "3_bf16", teacher=source, kind="3_bf16", stop=1),
@@ -171,3 +180,14 @@ def test_the_averages_batch_norm_sees_the_images_though_another_network_teaches(
     counts = [value for name, value in found.items() if name.endswith("num_batches_tracked")]
     assert counts
     assert all(int(count) == 2 for count in counts)  # each micro-batch once
+
+
+def test_a_run_takes_the_centers_of_another_only_with_its_teacher(root: Path) -> None:
+    jobs = ("frozen-centering-0", "on", "anew")
+    before, on, anew = (
+        load_file(directory(root / name, 1) / "shared.safetensors") for name in jobs
+    )
+    for name in ("center", "patch_center"):
+        kept, begun = (float(held[name].norm() / before[name].norm()) for held in (on, anew))
+        assert 0.9 < kept < 1.1, name
+        assert 0 < begun < 0.1, name  # 0.001 of the mean of its own outputs
