@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -146,7 +146,10 @@ def read_frozen_teacher(
         return None
     network = shapes_only(config.of_teacher)
     weights, state, coverage, _ = _read_backbone(
-        path, network.backbone, config.of_teacher, heartbeat, key=_FROZEN, section="distill.model"
+        *(path, network.backbone, config.of_teacher, heartbeat),
+        key=_FROZEN,
+        section="distill.model",
+        others=sorted({run.crops.global_size for run in config.of_sizes}),
     )
     licence = weights.card.licence
     if licence is not None:
@@ -224,6 +227,7 @@ def _read_backbone(
     *,
     key: str,
     section: str = "model",
+    others: Sequence[int] = (),
 ) -> tuple[Weights, dict[str, Tensor], Coverage, StepZero]:
     """The weights at `path`, those that fit `target`, how many these are, and what they compute.
 
@@ -234,6 +238,7 @@ def _read_backbone(
         heartbeat: called regularly.
         key: the setting that names the path.
         section: that of the settings of `target`.
+        others: sides in pixels of crops of which other features are only warned of.
 
     Raises:
         ConfigError: they do not fit, or the run's backbone would compute other features.
@@ -254,6 +259,10 @@ def _read_backbone(
             f"differ by {step_zero.difference:.2g} of their length, where rounding explains "
             f"{step_zero.bound:.1g}; {_remedy(source, target, section)}"
         )
+    if isinstance(source, VisionTransformer) and source.rope is None:
+        for size in (size for size in others if size != side):
+            found = compare_at_start(source, target, state, size=size, heartbeat=heartbeat)
+            _warn_of_resized_twice(found, key, size, stored=side, there=weights.card)
     return weights, state, coverage, step_zero
 
 
@@ -436,6 +445,19 @@ def _warn_if_position_rules_differ(
             "%s resizes positions %s, and this run %s: features of local crops differ"
             " by some percent; set %s.position_resize=%s to keep them",
             *(key, there, here, section, there),
+        )
+
+
+def _warn_of_resized_twice(
+    found: StepZero, key: str, size: int, *, stored: int, there: BackboneCard
+) -> None:
+    """Warn if features at a smaller size of a mixture are not those of the source."""
+    if not found.difference <= found.bound:
+        log.warning(
+            "%s: in crops of %d pixels its features differ by %.2g of their length, since its "
+            "positions are resized to %d pixels and from there; a mixture whose largest crops have "
+            "the %d pixels of the weights keeps them",
+            *(key, size, found.difference, stored, there.backbone.img_size),
         )
 
 

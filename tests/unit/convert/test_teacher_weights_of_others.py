@@ -10,12 +10,13 @@ from torch import Tensor
 
 from dinoscale.config import RunConfig
 from dinoscale.convert.initial_weights import identity_of, read_frozen_teacher
+from dinoscale.convert.run_checkpoint import card_of
 from dinoscale.convert.source import read_source
 from dinoscale.convert.weights_file import save_backbone
 from dinoscale.engine.build import InitialWeights, build_networks
 from dinoscale.errors import ConfigError
 from dinoscale.models.weight_names import to_reference
-from dinoscale.training.frozen_teacher import read_same_teacher
+from dinoscale.training.frozen_teacher import read_same_teacher, teaches_on
 from tests.distributed.tiny_run import dinov2, tiny_config
 
 MODEL = {
@@ -30,6 +31,8 @@ HEADS = {
     "head": {"num_prototypes": 33, "hidden_dim": 26, "bottleneck_dim": 17},
     "patch_head": {"num_prototypes": 29, "hidden_dim": 14, "bottleneck_dim": 11},
 }
+
+OF_32 = {"global_size": 32, "mixture": ()}
 
 
 def _config(path: Path, **distill: Any) -> RunConfig:
@@ -146,3 +149,55 @@ def test_a_run_goes_on_with_the_teacher_that_it_has_learnt_from(tmp_path: Path) 
         read_same_teacher(plain, saved(weights.identity, config))
     with pytest.raises(ConfigError, match=sentence + r"its own average, .*; set it to null, or"):
         read_same_teacher(config, saved(None, plain))
+
+
+def test_features_of_a_mixtures_smaller_crops_are_compared_with_the_weights_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _follow_mixture(tmp_path, 32, 16)  # of the weights, and resized once
+    assert "resized" not in caplog.text
+    _follow_mixture(tmp_path, 48, 16)
+    (said,) = [line for line in caplog.messages if "its positions are resized" in line]
+    assert said.startswith("distill.teacher: in crops of 16 pixels its features differ by 0.")
+    assert said.endswith("largest crops have the 32 pixels of the weights keeps them")
+
+
+def _follow_mixture(folder: Path, *sizes: int) -> None:
+    """Read weights of 32 pixels with learned positions as a teacher of crops of `sizes`."""
+    each = [{"global_size": size, "local_size": 8, "weight": 1 / len(sizes)} for size in sizes]
+    config = tiny_config(
+        model={"rope": {}},
+        crops={"mixture": each, "num_local": 0},
+        dino={"loss_weight": 0.0},
+        distill={"teacher": str(folder / "w.safetensors"), "model": MODEL}
+        | {"class_feature_weight": 1.0},
+    )
+    theirs = config.of_teacher.model_copy(update={"crops": config.crops.model_copy(update=OF_32)})
+    torch.manual_seed(3)
+    state = {name: torch.randn_like(v) / 4 for name, v in _backbone_of(theirs).items()}
+    save_backbone(folder / "w.safetensors", state, card_of(theirs, source="drawn"))
+    _read(config)
+
+
+def _backbone_of(config: RunConfig) -> dict[str, Tensor]:
+    return build_networks(config)[0].backbone.state_dict()
+
+
+@pytest.mark.parametrize("features", [False, True])
+def test_centers_go_on_only_with_the_heads_that_gave_the_targets(features: bool) -> None:
+    weights = InitialWeights({}, identity="that")
+    given = {"class_feature_weight": 1.0} if features else HEADS
+    section = {"teacher": "w.pth", "model": MODEL, **given}
+    config = tiny_config(**dinov2("centering", patch_head=True, distill=section))
+    plain = tiny_config()
+
+    def saved(identity: str | None, then: RunConfig) -> Any:
+        state = {"config": then.model_dump(mode="json")}
+        return SimpleNamespace(path=Path("step_04"), state=state, frozen_teacher=identity)
+
+    assert teaches_on(config, saved("that", config), weights)
+    assert teaches_on(plain, saved(None, plain), None)
+    # Beside features the average gives the targets, whoever gives those.
+    assert teaches_on(config, saved("other", config), weights) == features
+    assert teaches_on(config, saved(None, plain), weights) == features
+    assert teaches_on(plain, saved("that", config), None) == features
