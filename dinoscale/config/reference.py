@@ -149,6 +149,11 @@ rank holds all of it.
 
 Checkpoints hold a digest of the teacher in place of its weights: they are read at every start, and
 a run that has learnt from others is not resumed. They may have moved, or be in another format.
+A run that continues from one with another teacher of heads, or with none, begins with new centers.
+With batch norm in the student the average takes a forward of its own for each micro-batch, as its
+statistics follow the images, which `plan` does not count. A teacher with learned positions under a
+mixture of sizes is resized to the largest one and from there to each; the log says what that
+changes of its features, which is nothing if the largest is the size of the weights.
 
 ## Staying near released weights
 
@@ -187,7 +192,8 @@ These terms stand beside those of `dino` and `ibot`, whose targets are then the 
 crops that `ibot` chooses to mask do not count. With `dino.loss_weight` 0 and no patch loss there
 are no heads, no prototypes and no watch for a collapse, and without local crops an image costs two
 crops of the student and two of the teacher. The maps train with the student and are averaged with
-it; checkpoints have them, exported weights do not. The teacher's weights are read at every start,
+it; checkpoints have them, exported weights do not, and a phase with `start: teacher`, or
+`train.init_head=true` with a run, takes them along. The teacher's weights are read at every start,
 sharded at stage 3, not in the checkpoints, and have to be the same when a run resumes.
 
 ## Training a part of the weights

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,20 @@ def test_a_resumed_run_goes_on_bit_for_bit_with_the_same_teacher_only(root: Path
         assert [key for key in first if not torch.equal(first[key], second[key])] == []
 
 
+def test_a_run_goes_on_over_another_number_of_ranks(root: Path) -> None:
+    alone = root / "alone"
+    shutil.copytree(directory(root / "whole", STOP), directory(alone, STOP))
+    run = _distilled(alone, teacher=root / "source")
+    arguments: dict[str, Any] = {"world_size": 1, "timeout_s": 120, "runs": [run]}
+    (ends,) = run_distributed("tests.distributed.test_distill:train_all", **arguments)
+    assert ends == ["done"]
+    found, expected = _logged(alone), _logged(root / "whole")[STOP:]
+    assert len(found) == LAST - STOP
+    for here, there in zip(found, expected, strict=True):
+        for term in LOGGED[:3]:
+            assert here[term] == pytest.approx(there[term], rel=1e-5), term
+
+
 def test_checkpoints_hold_the_student_and_its_average_and_not_the_teacher(root: Path) -> None:
     held = load_file(directory(root / "whole", LAST) / shard_file(0))
     assert {key.split("/")[0] for key in held} == {"master", "ema", "exp_avg", "exp_avg_sq"}
@@ -177,8 +192,9 @@ def test_the_averages_batch_norm_sees_the_images_though_another_network_teaches(
         # In the first step both averages are the student as it began, and see the same crops.
         rtol = 0 if stage == "0" else 1e-5
         torch.testing.assert_close(found[name], own[name], rtol=rtol, atol=rtol)
-    counts = [value for name, value in found.items() if name.endswith("num_batches_tracked")]
-    assert counts
+    ends = ".num_batches_tracked"
+    counts = [v for k, v in found.items() if k.startswith("teacher/") and k.endswith(ends)]
+    assert len(counts) == 2
     assert all(int(count) == 2 for count in counts)  # each micro-batch once
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinoscale.checkpoint.load import open_run
-from dinoscale.config import RunConfig, resolve
+from dinoscale.config import RunConfig, RunPlan, resolve
 from dinoscale.convert.source import read_source
 from tests.distributed.plain_run import EPS, NUMBERS, largest_relative
 from tests.distributed.tiny_run import (
@@ -85,33 +85,74 @@ def _teacher(config: RunConfig) -> dict[str, Tensor]:
     }
 
 
+def _of_one_pass(job: str) -> tuple[RunConfig, RunPlan]:
+    """Configuration and plan of a job whose steps are a single micro-batch."""
+    config = _config(job)
+    train = config.train.model_copy(update={"micro_batch_size": config.train.batch_size})
+    config = config.model_copy(update={"train": train})
+    images = config.train.batch_size * STEPS_PER_EPOCH
+    return config, resolve(config, world_size=1, num_images=images)
+
+
+def _network_of(config: RunConfig, dtype: torch.dtype) -> Any:
+    """The teacher's backbone."""
+    from dinoscale.engine.build import shapes_only
+
+    teacher = shapes_only(config.of_teacher).backbone
+    state = {name.removeprefix(BACKBONE): v.to(dtype) for name, v in _teacher(config).items()}
+    teacher.load_state_dict(state, assign=True)
+    return teacher.eval()
+
+
+@torch.no_grad()
+def _targets(teacher: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Its features of classes, and of patches on the student's grid."""
+    classes, patches = teacher([images], all_patches=True)
+    grid = patches.mT.unflatten(2, (8, 8))
+    coarse = F.interpolate(grid, size=(4, 4), mode="bilinear", antialias=True)
+    return classes, coarse.flatten(2).mT
+
+
+@torch.no_grad()
+def _first_beside(dtype: torch.dtype) -> list[float]:
+    """Both terms beside DINO and iBOT at the first step: 1 - cosine, of crops without a mask."""
+    from dinoscale.engine.build import build_networks
+
+    config, plan = _of_one_pass("beside_0")
+    student = build_networks(config)[0].to(dtype)
+    (batch,) = micro_batches(config, plan, 0)
+    whole = ~batch.masks.masks.flatten(1).any(1)
+    assert 2 * int(whole.sum()) == len(whole)  # and in any micro-batch
+    images = batch.global_crops.flatten(0, 1)[whole].to(dtype)
+    own = student.backbone([images], all_patches=True)
+    terms = []
+    maps = student.class_map, student.patch_map
+    targets = _targets(_network_of(config, dtype), images)
+    for tokens, mapped, target in zip(own, maps, targets, strict=True):
+        assert mapped is not None
+        found = tokens @ mapped.weight.T + mapped.bias
+        product = (found * target).sum(-1) / found.norm(dim=-1) / target.norm(dim=-1)
+        terms.append(float(1 - product.mean()))
+    return terms
+
+
 @functools.cache
 def literally(dtype: torch.dtype) -> dict[str, Any]:
     """Features alone, in one process: losses of each step, both networks at the end."""
-    from dinoscale.engine.build import build_networks, schedules_of, shapes_only
+    from dinoscale.engine.build import build_networks, schedules_of
     from dinoscale.engine.param_groups import NO_DECAY, build_optimizer
 
-    config = _config("alone_0")
-    train = config.train.model_copy(update={"micro_batch_size": config.train.batch_size})
-    config = config.model_copy(update={"train": train})
-    plan = resolve(config, world_size=1, num_images=config.train.batch_size * STEPS_PER_EPOCH)
+    config, plan = _of_one_pass("alone_0")
     student, average = (network.to(dtype) for network in build_networks(config))
     average.load_state_dict(student.state_dict())
-    teacher: Any = shapes_only(config.of_teacher).backbone
-    state = {name.removeprefix(BACKBONE): v.to(dtype) for name, v in _teacher(config).items()}
-    teacher.load_state_dict(state, assign=True)
-    teacher.eval()
+    teacher = _network_of(config, dtype)
     optimizer = build_optimizer("adamw", student)
     found: dict[str, Any] = {name: [] for name in ("loss", *TERMS)}
     for step in range(STEPS):
         now = schedules_of(config, plan).at(step)
         (batch,) = micro_batches(config, plan, step)
         images = batch.global_crops.flatten(0, 1).to(dtype)
-        with torch.no_grad():
-            classes, patches = teacher([images], all_patches=True)
-        grid = patches.mT.unflatten(2, (8, 8))
-        coarse = F.interpolate(grid, size=(4, 4), mode="bilinear", antialias=True)
-        targets = classes, coarse.flatten(2).mT
+        targets = _targets(teacher, images)
         tokens = student.backbone([images], all_patches=True)
         losses = []
         for own, target, mapped in zip(
@@ -258,6 +299,15 @@ def test_beside_the_own_objectives_stages_and_accumulation_agree(
     for name in ("loss", *TERMS):
         assert sharded[name] == pytest.approx(whole[name], rel=1e4 * EPS), name
         assert min(whole[name]) > 0.01, name
+
+
+@pytest.mark.parametrize("job", [job for job in JOBS if job.startswith("beside")])
+def test_beside_the_own_objectives_they_are_the_cosines_of_crops_without_a_mask(
+    followed: dict[str, dict[str, Any]], job: str
+) -> None:
+    exact, rounded = _first_beside(torch.float64), _first_beside(torch.float32)
+    bound = NUMBERS * (largest_relative(rounded, exact) + EPS)
+    assert [followed[job][name][0] for name in TERMS] == pytest.approx(exact, rel=bound)
 
 
 @pytest.mark.parametrize("job", RESUMED)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dinoscale.checkpoint.checksums import sha256, write_sums
 from dinoscale.checkpoint.load import open_run
-from dinoscale.config import RunConfig
+from dinoscale.config import RunConfig, parse_config, phases_of
 from dinoscale.convert.conversion import convert
 from dinoscale.convert.initial_weights import read_frozen_teacher, read_initial_weights
 from dinoscale.convert.parity import require_merged
@@ -250,9 +250,11 @@ def test_maps_to_features_are_taken_with_the_heads_and_else_named(
 ) -> None:
     caplog.set_level("INFO")
     torch.manual_seed(0)
-    teacher = _write_run(tmp_path, _following(with_heads=with_heads))
-    # The teacher's width, and the other map of its own: as a later phase takes them.
-    later = _following(with_heads=with_heads, init_from=str(tmp_path), init_head=True)
+    phases = [{"name": "first"}, {"name": "later", "start": "teacher"}]
+    values = _following(with_heads=with_heads).model_dump(mode="json", exclude_unset=True)
+    whole = parse_config({**values, "run_dir": str(tmp_path), "phases": phases})
+    first, later = phases_of(whole)
+    teacher = _write_run(Path(first.run_dir), first)
     weights = read_initial_weights(later)
     assert weights is not None
     found = weights.by_name()
@@ -261,12 +263,12 @@ def test_maps_to_features_are_taken_with_the_heads_and_else_named(
         state = network.state_dict()
         assert all(torch.equal(state[name], teacher[name]) for name in teacher)
     assert "maps to features" not in caplog.text
-    anew = read_initial_weights(_following(with_heads=with_heads, init_from=str(tmp_path)))
+    anew = read_initial_weights(_following(with_heads=with_heads, init_from=first.run_dir))
     assert anew is not None
     assert not anew.maps
     assert "start as random ones: class_map.bias, class_map.weight, patch_map.b" in caplog.text
     assert "train.init_head=true takes those it has" in caplog.text
-    wider = _following(with_heads=with_heads, width=26, init_from=str(tmp_path), init_head=True)
+    wider = _following(with_heads=with_heads, width=26, init_from=first.run_dir, init_head=True)
     with pytest.raises(
         ConfigError, match=r"^train.init_head: the maps .*class_map.weight \[24, 20"
     ):

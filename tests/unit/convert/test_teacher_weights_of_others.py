@@ -166,8 +166,8 @@ def _follow_mixture(folder: Path, *sizes: int) -> None:
     """Read weights of 32 pixels with learned positions as a teacher of crops of `sizes`."""
     each = [{"global_size": size, "local_size": 8, "weight": 1 / len(sizes)} for size in sizes]
     config = tiny_config(
-        model={"rope": {}},
-        crops={"mixture": each, "num_local": 0},
+        model={"rope": {}, "num_heads": 1},
+        crops={"mixture": each, "num_local": 0, "global_size": max(sizes)},
         dino={"loss_weight": 0.0},
         distill={"teacher": str(folder / "w.safetensors"), "model": MODEL}
         | {"class_feature_weight": 1.0},
