@@ -22,6 +22,7 @@ from dinoscale.data.sources.image_files import read_image_file
 from dinoscale.data.sources.source import Source
 from dinoscale.errors import DataError
 from dinoscale.evaluate.any_size import Fit
+from dinoscale.evaluate.beside_images import images_root, require_not_image
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ def _of_folder(source: Source, spec: str, folder: Path) -> MaskOf:
         for suffix in _SUFFIXES:
             file = folder / Path(name(index)).with_suffix(suffix)
             if file.exists():
+                require_not_image(str(file), source.path(index))
                 return read_as_stored(read_image_file(str(file)), str(file))
         return None
 
@@ -95,9 +97,7 @@ def relative_names(source: Source, spec: str) -> Callable[[int], str]:
         source: the images.
         spec: what they were opened from.
     """
-    root = os.path.abspath(os.path.expanduser(spec))
-    if not os.path.isdir(root):  # one image, or a list of images
-        root = os.path.dirname(root)
+    root = images_root(source, spec)
 
     def name(index: int) -> str:
         path = source.path(index)

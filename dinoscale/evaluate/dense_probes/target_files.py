@@ -16,6 +16,7 @@ from dinoscale.data.sources.image_files import read_image_file, write_names
 from dinoscale.data.sources.listing import Listing, OtherFiles
 from dinoscale.data.sources.source import Source
 from dinoscale.errors import DataError
+from dinoscale.evaluate.beside_images import images_root, require_not_image
 from dinoscale.evaluate.frozen_backbone import LoadedBackbone
 
 _SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".webp")  # without loss
@@ -56,7 +57,7 @@ class TargetFiles:
     Attributes:
         member: of a shard, beside KEY.jpg: KEY.member.
         folder: of the targets, in the subfolders of their images; None takes those of the shards.
-        root: of the images.
+        root: of the images, see `images_root`.
         renames: in the stem of an image, and what stands there in that of its target; the first
             whose file exists counts.
     """
@@ -100,16 +101,14 @@ class TargetFiles:
         place = os.path.abspath(os.path.expanduser(folder))
         if not os.path.isdir(place):
             raise DataError(f"{folder} is not a folder. Name the folder of the {what}s.")
-        root = os.path.abspath(os.path.expanduser(spec))
-        if not os.path.isdir(root):  # a list of images
-            root = os.path.dirname(root)
-        return cls(member, place, root, renames)
+        return cls(member, place, images_root(source, spec), renames)
 
     def read(self, source: Source, index: int) -> Image.Image | None:
         """The target of an image as it is stored; None if there is none.
 
         Raises:
             BadSampleError: it cannot be read.
+            DataError: it is the image itself.
         """
         if self.folder is None:
             assert isinstance(source, TarSource)
@@ -120,9 +119,16 @@ class TargetFiles:
         return None if file is None else read_as_stored(read_image_file(file), file)
 
     def path(self, source: Source, index: int) -> str | None:
-        """The file of a target in a folder; None if there is none."""
-        found = (str(path) for path in self._candidates(source.path(index)) if path.exists())
-        return next(found, None)
+        """The file of a target in a folder; None if there is none.
+
+        Raises:
+            DataError: it is the image itself.
+        """
+        image = source.path(index)
+        found = next((str(path) for path in self._candidates(image) if path.exists()), None)
+        if found is not None:
+            require_not_image(found, image)
+        return found
 
     def _candidates(self, image: str) -> Iterator[Path]:
         inside = image.rpartition("::")[2] if "::" in image else os.path.relpath(image, self.root)
