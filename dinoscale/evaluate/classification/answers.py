@@ -19,7 +19,12 @@ from dinoscale.data.sources.folder import FolderSource
 from dinoscale.data.sources.source import Source
 from dinoscale.errors import ConfigError
 from dinoscale.evaluate.features import check_labels
-from dinoscale.evaluate.predictions import COLUMNS, FORMATS, write_predictions
+from dinoscale.evaluate.predictions import (
+    COLUMNS,
+    FORMATS,
+    digest_of_file,
+    write_predictions,
+)
 from dinoscale.runtime import distributed
 from dinoscale.runtime.outputs import require_ours
 
@@ -90,6 +95,8 @@ class Answers:
                 lambda: write_predictions(path, self._columns()) if is_first else None
             )
             found["predictions"] = str(path)
+            digest = digest_of_file(path) if is_first else ""
+            found["predictions_sha256"] = distributed.broadcast_object(digest)
         return found
 
     def _by_class(self) -> dict[str, object]:

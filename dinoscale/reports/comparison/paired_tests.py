@@ -67,12 +67,12 @@ def paired_tests(reports: Mapping[str, Mapping[str, Any]]) -> list[PairedTest]:
 
 
 def _correct(report: Mapping[str, Any]) -> tuple[list[str], NDArray[np.bool_]] | None:
-    """Images and whether each is answered rightly; None if that was not kept, or is lost."""
+    """Images and whether each is answered rightly; None if not kept, lost, or overwritten."""
     file = report.get("predictions")
     if not isinstance(file, str):
         return None
     try:
-        return read_correct(Path(file))
+        return read_correct(Path(file), sha256=str(report.get("predictions_sha256")))
     except DataError as error:
         log.warning("%s Differences of these weights are not tested.", error)
         return None

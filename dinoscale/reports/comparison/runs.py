@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dinoscale.errors import DataError, DinoscaleError
+from dinoscale.evaluate.predictions import digest_of_file
 from dinoscale.reports.comparison.scores import Outcome, read_report
 from dinoscale.reports.html import write_file
 from dinoscale.runtime.fingerprint import Fingerprint, differences
@@ -82,7 +83,7 @@ def measure_all(jobs: Sequence[Job]) -> Iterator[Outcome]:
 
 
 def _saved(job: Job, where: str) -> dict[str, object] | None:
-    """The report of an earlier run, if its fingerprint is unchanged."""
+    """The report of an earlier run, if its fingerprint and its predictions are unchanged."""
     if not job.result.exists():
         return None
     try:
@@ -93,7 +94,7 @@ def _saved(job: Job, where: str) -> dict[str, object] | None:
         return None
     changed = differences(report.get("made_from"), now or {})
     kept = report.get("predictions")
-    if isinstance(kept, str) and not Path(kept).exists():
+    if isinstance(kept, str) and digest_of_file(Path(kept)) != report.get("predictions_sha256"):
         changed = [*changed, "predictions"]
     if changed:
         log.warning("%s: measuring again, these changed: %s", where, ", ".join(changed))

@@ -24,8 +24,9 @@ from dinoscale.evaluate.classification.logistic import evaluate_logistic
 from dinoscale.evaluate.classification.paired import holm, mcnemar
 from dinoscale.evaluate.classification.resumable_training import Best
 from dinoscale.evaluate.frozen_backbone import ExtractionOptions
-from dinoscale.evaluate.predictions import read_correct
+from dinoscale.evaluate.predictions import digest_of_file, read_correct
 from dinoscale.reports.comparison.page import write_page
+from dinoscale.reports.comparison.runs import Job, _saved
 from dinoscale.reports.comparison.scores import Outcome, compare
 from tests.unit.evaluate.conftest import Colors
 
@@ -83,6 +84,7 @@ def test_both_formats_hold_the_same_and_unreadable_images_are_in_neither(
     for name in ("a.npz", "a.csv"):
         report = _run("knn", colors, test=str(own), predictions=tmp_path / name)
         assert report["predictions"] == str(tmp_path / name)
+        assert report["predictions_sha256"] == digest_of_file(tmp_path / name)
         assert "per_class" not in report
     (images, right), (same_images, same) = (
         read_correct(tmp_path / f"a.{x}") for x in ("npz", "csv")
@@ -171,6 +173,7 @@ def _outcome(weights: str, predictions: Path) -> Outcome:
         "protocol": {},
         "score": {"top1_k20": float(len(weights))},
         "predictions": str(predictions),
+        "predictions_sha256": digest_of_file(predictions),
     }
     return Outcome(weights, "teacher", "knn", weights, report)
 
@@ -194,6 +197,26 @@ def test_the_comparison_says_which_differences_are_more_than_chance(tmp_path: Pa
     page = (tmp_path / "compare.html").read_text()
     assert "a is better, by more than chance" in page
     assert "no more than chance" in page
+
+
+def test_overwritten_predictions_are_not_compared(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = [f"{i}.png" for i in range(20)]
+    outcomes = []
+    for name, correct in {"a": np.ones(20), "bb": np.zeros(20)}.items():
+        file = tmp_path / "same.npz"  # of both runs
+        np.savez(file, image=images, correct=correct.astype(np.bool_))
+        outcomes.append(_outcome(name, file))
+    with caplog.at_level("WARNING"):
+        table = compare(outcomes)
+    assert table.tests == {0: []}
+    assert "another run has overwritten them" in caplog.text
+    saved = tmp_path / "saved.json"
+    job = Job("a", "teacher", "knn", "knn", saved, lambda: {"input": {}}, lambda: None)
+    for outcome, is_used in zip(outcomes, (False, True), strict=True):
+        saved.write_text(json.dumps({**(outcome.report or {}), "made_from": {"input": {}}}))
+        assert (_saved(job, "here") is not None) == is_used
 
 
 def test_an_answer_of_no_class_is_never_right(colors: Colors) -> None:
