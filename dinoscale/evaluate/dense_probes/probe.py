@@ -84,6 +84,7 @@ class Probe:
         reading: how images are read.
         seed: of all random numbers.
         out: file of the trained head, if it is kept.
+        spread: which blocks several are.
     """
 
     loaded: LoadedBackbone
@@ -92,6 +93,7 @@ class Probe:
     reading: Reading
     seed: int
     out: Path | None
+    spread: Spread
 
     @classmethod
     def open(cls, weights_path: str | Path, options: ProbeOptions, *, spread: Spread) -> Probe:
@@ -118,7 +120,7 @@ class Probe:
             progress=options.progress,
         )
         chosen = options.precision or ("bf16" if loaded.device.type == "cuda" else "fp32")
-        return cls(loaded, blocks, chosen, reading, options.seed, target)
+        return cls(loaded, blocks, chosen, reading, options.seed, target, spread)
 
     @classmethod
     def of_head(cls, weights_path: str | Path, kept: KeptHead, options: ExtractionOptions) -> Probe:
@@ -135,11 +137,12 @@ class Probe:
         """
         with kept.reading():
             settings = kept.card["protocol"]
-            blocks = tuple(int(block) for block in settings["blocks"])
+            blocks = tuple(int(block) for block in kept.card["blocks"])
+            spread: Spread = "even" if settings["spread"] == "even" else "last"
             precision: Precision = "bf16" if settings["precision"] == "bf16" else "fp32"
             seed = int(settings["seed"])
         as_then = ProbeOptions(**vars(options), precision=precision, seed=seed)
-        probe = cls.open(weights_path, as_then, spread="last")
+        probe = cls.open(weights_path, as_then, spread=spread)
         kept.require_backbone(probe.loaded.backbone, probe.loaded.path)
         probe = replace(probe, blocks=blocks)
         if probe.features("trained").maps.width != kept.head.norm.num_features:
@@ -157,11 +160,16 @@ class Probe:
         return Features(name, BlockMaps(backbone, self.blocks, self.precision), backbone)
 
     def protocol(self) -> dict[str, object]:
-        """All of it that changes a number, ready for JSON."""
+        """All of it that changes a number but the weights, ready for JSON.
+
+        Numbers of blocks depend on the depth of the network, which weights of a column need not
+        share: they stand elsewhere in the report.
+        """
         return {
             "network": self.loaded.options.network,
-            "features": "patch tokens of these blocks through the final norm, joined",
-            "blocks": list(self.blocks),
+            "features": "patch tokens of blocks through the final norm, joined",
+            "layers": len(self.blocks),
+            "spread": self.spread,
             "precision": self.precision,
             "seed": self.seed,
             **self.loaded.normalisation,
@@ -197,7 +205,7 @@ class Probe:
             *(self.out, features.name),
             backbone=features.backbone,
             train=training.pairs,
-            protocol=protocol,
+            protocol={**protocol, "blocks": list(self.blocks)},
             module=module,
         )
         training.train(head, features.maps, saved)
@@ -207,6 +215,7 @@ class Probe:
                 "weights": self.loaded.path,
                 "backbone": weights_digest(features.backbone),
                 "train": training.pairs.about,
+                "blocks": list(self.blocks),
                 "protocol": protocol,
             }
             save_head(head, self.out, {**card, **about})

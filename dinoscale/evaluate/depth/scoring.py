@@ -132,6 +132,7 @@ class Scoring:
             train=train,
             test=self.test.about,
             scored=len(found.single.images),
+            blocks=list(self.probe.blocks),
             protocol=self.settings(),
             score=found.mirrored.deltas(),
             errors=errors,

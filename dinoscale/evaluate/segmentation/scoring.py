@@ -147,6 +147,7 @@ class Scoring:
             train=train,
             test=self.test.about,
             classes=len(self.names),
+            blocks=list(self.probe.blocks),
             protocol=self.settings(),
             score=found.score(),
             iou=dict(zip(self.names, found.iou(), strict=True)),

@@ -146,7 +146,7 @@ def test_dark_pixels_are_far(parts: list[Part], weights: Path, tmp_path: Path) -
     assert report["score"]["delta1"] > floor["delta1"]
     assert report["baselines"]["colors"]["rmse"] < floor["rmse"]
     assert report["single"]["errors"]["rmse"] != report["errors"]["rmse"]
-    assert report["protocol"]["blocks"] == [0, 1, 2, 3]
+    assert report["blocks"] == [0, 1, 2, 3]
     assert out.exists()
     assert not [*tmp_path.glob("head.safetensors.*resume")]
 
@@ -178,6 +178,6 @@ def test_command(parts: list[Part], weights: Path, capsys: pytest.CaptureFixture
     report = json.loads(capsys.readouterr().out)
     assert list(report["score"]) == ["delta1", "delta2", "delta3"]
     assert report["untrained"].keys() == report["floors"].keys() == report["score"].keys()
-    assert report["protocol"]["blocks"] == [3]
+    assert report["blocks"] == [3]
     with pytest.raises(ConfigError, match=r"need 0 < min_depth < max_depth, got 0.001 and 0.0"):
         cli.run([*words, "--max-depth", "0"])

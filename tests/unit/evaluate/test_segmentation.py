@@ -279,7 +279,7 @@ def test_halves_are_told_apart(
     assert report["score"]["miou"] > 1.5 * floor["miou"]
     assert report["baselines"]["colors"]["pixel_accuracy"] > floor["pixel_accuracy"]
     assert report["classes"] == len(report["iou"]) == 3
-    assert report["protocol"]["blocks"] == [0, 1]
+    assert report["blocks"] == [0, 1]
     assert report["train"]["images"] == 6
 
 
