@@ -232,7 +232,10 @@ class _FineTuning:
         assert precision is not None  # `evaluate_finetune` has chosen
         inputs, backbone = self._inputs, self._network.backbone
         of = (inputs.extractor, backbone, inputs.train)
-        return ProbeCard.of("finetune", *of, measured=measured, precision=precision)
+        training = inputs.training(_protocol(self._recipe, inputs, seed=self._seed))
+        return ProbeCard.of(
+            "finetune", *of, measured=measured, training=training, precision=precision
+        )
 
     def chosen(self, evaluations: Sequence[dict[str, float]]) -> dict[str, object]:
         """The best epoch on the test set, and the last."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -26,12 +27,14 @@ from dinoscale.evaluate.classification.labelled_sets import (
     describe_set,
     labels_of,
 )
+from dinoscale.evaluate.feature_cache import InFiles
 from dinoscale.evaluate.features import check_labels
 from dinoscale.evaluate.frozen_backbone import (
     ExtractionOptions,
     FeatureExtractor,
     load_extractor,
 )
+from dinoscale.runtime.fingerprint import digest_of, files_fingerprint
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,23 @@ class ClassifierInputs:
     def backbone(self) -> nn.Module:
         """The backbone, on `device`, in eval mode, without gradients."""
         return self.extractor.backbone
+
+    @cached_property
+    def files(self) -> dict[str, object]:
+        """Fingerprints of the files of `train` and `test`; of synthetic images their spec.
+
+        Raises:
+            UnavailableError: the file system of a set failed for a minute.
+        """
+        sets = zip(("train", "test"), self.specs, (self.train, self.test), strict=True)
+        return {
+            name: files_fingerprint("", source.files()) if isinstance(source, InFiles) else spec
+            for name, spec, source in sets
+        }
+
+    def training(self, protocol: Mapping[str, object]) -> dict[str, object]:
+        """What a classifier was made from besides the backbone, for its card."""
+        return {"train": digest_of(self.files["train"]), **protocol}
 
     def answers(self, classes: Tensor) -> Answers:
         """The classes that a classifier gives the test images that were used, (N,) int64."""

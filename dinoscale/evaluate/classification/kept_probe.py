@@ -57,6 +57,7 @@ class ProbeCard:
         crop: side of the center crop, in pixels.
         classes: of the train set.
         measured: what the training said of it.
+        training: digest of the train set, and the settings; empty in files of older versions.
     """
 
     task: str
@@ -68,6 +69,7 @@ class ProbeCard:
     crop: int
     classes: Classes
     measured: Mapping[str, object]
+    training: Mapping[str, object]
 
     @classmethod
     def of(
@@ -78,6 +80,7 @@ class ProbeCard:
         train: Source,
         *,
         measured: Mapping[str, object],
+        training: Mapping[str, object],
         tokens: FeatureKind | None = None,
         normalised: bool = False,
         precision: Literal["bf16", "fp32"] = "fp32",
@@ -93,6 +96,7 @@ class ProbeCard:
             crop=extractor.card.crop,
             classes=classes_of(train, check_labels(train, name="train")),
             measured=measured,
+            training=training,
         )
 
     def metadata(self) -> dict[str, str]:
@@ -118,6 +122,7 @@ class ProbeCard:
                 {int(number): int(outside) for number, outside in classes["numbers"].items()},
             ),
             measured=dict(card["measured"]),
+            training=dict(card.get("training", {})),
         )
 
 
@@ -289,6 +294,7 @@ def _protocol(extractor: FeatureExtractor, card: ProbeCard, *, competing: int) -
     return {
         "network": extractor.options.network,
         "trained_by": card.task,
+        "training": dict(card.training),
         "features": about or taken,
         "normalised": card.normalised,
         "precision": card.precision,

@@ -109,7 +109,7 @@ def evaluate_linear(
     return train_and_report(
         "linear",
         inputs,
-        lambda backbone: _Probe(backbone, inputs, plan, augment=augment, seed=seed),
+        lambda backbone: _Probe(backbone, inputs, plan, settings, augment=augment, seed=seed),
         protocol={"network": options.network, **settings},
         out=target,
         reporting=Reporting(untrained, log_path, details),
@@ -127,12 +127,13 @@ class _Probe:
         backbone: nn.Module,
         inputs: ClassifierInputs,
         plan: ProbePlan,
+        settings: Mapping[str, object],
         *,
         augment: bool,
         seed: int,
     ) -> None:
         self._inputs, self._plan, self._options = inputs, plan, inputs.extractor.options
-        self._augment, self._seed = augment, seed
+        self._settings, self._augment, self._seed = settings, augment, seed
         self._drawn = DrawnImages(len(inputs.train))
         self._best = Best()
         self._tokens = TokenFeatures(backbone, blocks=plan.blocks)
@@ -159,7 +160,8 @@ class _Probe:
 
     def _card(self, kind: FeatureKind, measured: Mapping[str, object]) -> ProbeCard:
         of = (self._inputs.extractor, self._tokens.backbone, self._inputs.train)
-        return ProbeCard.of("linear", *of, measured=measured, tokens=kind)
+        training = self._inputs.training(self._settings)
+        return ProbeCard.of("linear", *of, measured=measured, training=training, tokens=kind)
 
     def chosen(self, evaluations: Sequence[Evaluation]) -> dict[str, object]:
         """The best classifier of the measurements that the protocol considers."""

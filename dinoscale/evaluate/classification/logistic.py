@@ -154,7 +154,8 @@ def _prepare(
         }
         if out is None or backbone is not inputs.backbone:
             return found
-        _keep(model, inputs, out, {**best, "score": score})
+        training = inputs.training(settings.protocol())
+        _keep(model, inputs, out, {**best, "score": score}, training)
         return found | {"out": str(out)}
 
     return measure
@@ -178,7 +179,11 @@ def _choose(
 
 
 def _keep(
-    model: LogisticRegression, inputs: ClassifierInputs, out: Path, measured: Mapping[str, object]
+    model: LogisticRegression,
+    inputs: ClassifierInputs,
+    out: Path,
+    measured: Mapping[str, object],
+    training: Mapping[str, object],
 ) -> None:
     """Write the classifier, see `kept_probe`; a class without images never has the best score."""
     weight, bias = model.coef_, model.intercept_
@@ -191,7 +196,7 @@ def _keep(
     tensors["weight"][model.classes_] = torch.from_numpy(weight)
     tensors["bias"][model.classes_] = torch.from_numpy(bias)
     of = (inputs.extractor, inputs.backbone, inputs.train)
-    card = ProbeCard.of("logistic", *of, measured=measured, normalised=True)
+    card = ProbeCard.of("logistic", *of, measured=measured, training=training, normalised=True)
     save_tensors(out, tensors, card.metadata())
 
 

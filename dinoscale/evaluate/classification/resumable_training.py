@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from dinoscale.errors import CheckpointError, ConfigError
 from dinoscale.evaluate.classification.inputs import ClassifierInputs
 from dinoscale.evaluate.classification.probe_report import Log, Reporting, Rest, measure_and_report
-from dinoscale.evaluate.feature_cache import InFiles, weights_digest
+from dinoscale.evaluate.feature_cache import weights_digest
 from dinoscale.runtime import distributed
 from dinoscale.runtime.fingerprint import (
     Fingerprint,
     code_fingerprint,
     differences,
-    files_fingerprint,
     fingerprint,
 )
 from dinoscale.runtime.outputs import atomic_write, require_ours, write_tensors
@@ -239,13 +238,8 @@ def _state_beside(
     if out is None:
         return TrainingState(None, {})
     kind = "resume" if backbone is inputs.backbone else "untrained.resume"
-    sets = zip(("train", "test"), inputs.specs, (inputs.train, inputs.test), strict=True)
-    files = {
-        name: files_fingerprint("", source.files()) if isinstance(source, InFiles) else spec
-        for name, spec, source in sets
-    }
     made_from = fingerprint(
-        input={"weights": weights_digest(backbone), **files},
+        input={"weights": weights_digest(backbone), **inputs.files},
         command=protocol,
         code=code_fingerprint(module),
     )

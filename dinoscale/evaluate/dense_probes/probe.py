@@ -200,15 +200,17 @@ class Probe:
             ConfigError: it belongs to another training, or a file cannot be written.
             NonFiniteError: the training diverged.
         """
-        head = LinearHead(features.maps.width, outputs, seed=self.seed).to(self.reading.device)
+        maps = features.maps
+        head = LinearHead(maps.width, outputs, seed=self.seed).to(self.reading.device)
+        shape = {"outputs": outputs, "width": maps.width, "patch": maps.patch}
         saved = state_beside(
             *(self.out, features.name),
             backbone=features.backbone,
             train=training.pairs,
-            protocol={**protocol, "blocks": list(self.blocks)},
+            protocol={**protocol, "blocks": list(self.blocks), "made_for": {**card, **shape}},
             module=module,
         )
-        training.train(head, features.maps, saved)
+        training.train(head, maps, saved)
         if self.out is not None and features.name == "trained":
             assert features.backbone is not None  # only pixels have none
             about = {

@@ -189,7 +189,11 @@ def evaluate_discover(
         **asdict(annotations),
         images=len(results),
         left_out={**truth.left_out, "damaged": damaged},
-        protocol={"network": options.network, **finder.protocol()},
+        protocol={
+            "network": options.network,
+            "indexed": annotations.indexed,
+            **finder.protocol(),
+        },
         score=_score([result.found for result in results]),
         floors=_score([result.floor for result in results]),
     )

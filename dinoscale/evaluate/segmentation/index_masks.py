@@ -41,6 +41,11 @@ class MaskRule:
     renumber: tuple[int, ...] = field(default=(), repr=False)
     num_classes: int | None = None
 
+    def protocol(self) -> dict[str, object]:
+        """All that changes a class, ready for JSON; `renumber` as pairs of number and class."""
+        pairs = [[number, to] for number, to in enumerate(self.renumber) if to != VOID]
+        return {"binary": self.binary, "ignore_zero": self.ignore_zero, "renumber": pairs}
+
     def classes(self, mask: Image.Image, path: str) -> Classes:
         """Class numbers (H, W) of a mask as stored; `path` of its image, for messages.
 

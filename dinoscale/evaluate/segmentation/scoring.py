@@ -88,7 +88,8 @@ class Scoring:
             "method": type(self.protocol).__name__.lower(),
             **self.probe.protocol(),
             **self.protocol.protocol(),
-            "masks": {"binary": self.rule.binary, "ignore_zero": self.rule.ignore_zero},
+            "classes": len(self.names),
+            "masks": self.rule.protocol(),
             "scored_at": "the size of the mask; scores enlarged bilinearly; void (255) left out",
             "mean_iou": "over classes that are in the masks or were found, of all pixels together",
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,16 @@ import torch
 from PIL import Image
 
 from dinoscale.convert.weights_file import save_backbone
+from dinoscale.errors import ConfigError
+from dinoscale.evaluate.dense_probes.linear_head import Recipe
 from dinoscale.evaluate.dense_probes.probe import ProbeOptions
 from dinoscale.evaluate.dense_probes.target_files import Part
+from dinoscale.evaluate.discovery.discover import evaluate_discover
+from dinoscale.evaluate.discovery.truth import Annotations
+from dinoscale.evaluate.frozen_backbone import LoadOptions
+from dinoscale.evaluate.segmentation.index_masks import VOID, MaskRule
 from dinoscale.evaluate.segmentation.layouts import Layout
-from dinoscale.evaluate.segmentation.protocols import Knn
+from dinoscale.evaluate.segmentation.protocols import Knn, Linear
 from dinoscale.evaluate.segmentation.segmentation import evaluate_segmentation
 from dinoscale.models.zoo import build_backbone
 from dinoscale.reports.comparison.scores import Outcome, compare
@@ -57,3 +64,61 @@ def test_networks_of_different_depth_share_a_column(layout: Layout, tmp_path: Pa
     reports = [evaluate_segmentation(file, layout, protocol=KNN, options=OPTIONS) for file in files]
     assert [report["blocks"] for report in reports] == [[0], [1]]
     assert _num_columns(reports) == 1
+
+
+def test_numbers_of_classes_are_columns(layout: Layout, tmp_path: Path) -> None:
+    weights = save_weights(tmp_path / "w.safetensors")
+    rules = [MaskRule(), MaskRule(num_classes=9)]
+    reports = [
+        evaluate_segmentation(weights, replace(layout, rule=rule), protocol=KNN, options=OPTIONS)
+        for rule in rules
+    ]
+    assert _num_columns(reports) == 2
+
+
+def test_indexed_masks_are_a_column_of_discover(layout: Layout, tmp_path: Path) -> None:
+    folder = Path(layout.train.targets or "")
+    for file in folder.iterdir():
+        Image.fromarray(np.uint8(200 * (np.asarray(Image.open(file)) > 0))).save(file)
+    weights = save_weights(tmp_path / "w.safetensors")
+    loading = LoadOptions(progress=False)
+    reports = []
+    for indexed in (False, True):
+        truth = Annotations(str(folder), indexed=indexed)
+        found = evaluate_discover(
+            weights, layout.train.images, annotations=truth, size=24, options=loading
+        )
+        reports.append(found)
+    assert _num_columns(reports) == 2
+
+
+CLASSES_0_TO_4 = MaskRule(num_classes=5)
+SWAPPED = MaskRule(renumber=(1, 0, *[VOID] * 254), num_classes=2)
+NAMED = ("left", "right")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"rule": CLASSES_0_TO_4}, "made_for.outputs"),
+        ({"rule": SWAPPED}, "masks.renumber"),
+        ({"class_names": NAMED}, "made_for.classes"),
+    ],
+)
+def test_a_training_of_other_classes_does_not_go_on(
+    layout: Layout,
+    tmp_path: Path,
+    end_after: Callable[[int | None], None],
+    change: dict[str, Any],
+    named: str,
+) -> None:
+    weights = save_weights(tmp_path / "w.safetensors")
+    recipe = Recipe(iterations=1, batch_size=1, lr=1e-3, weight_decay=0.0, warmup=0.0)
+    linear = Linear(size=24, crop=24, stride=24, recipe=recipe)
+    options = replace(OPTIONS, out=tmp_path / "head.safetensors")
+    end_after(1)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_segmentation(weights, layout, protocol=linear, options=options)
+    end_after(None)
+    with pytest.raises(ConfigError, match=rf"belongs to another training \(.*{named}.* changed"):
+        evaluate_segmentation(weights, replace(layout, **change), protocol=linear, options=options)

@@ -21,6 +21,7 @@ from dinoscale.evaluate.classification.linear_protocols import DinoProtocol, Gri
 from dinoscale.evaluate.classification.logistic import evaluate_logistic
 from dinoscale.evaluate.frozen_backbone import ExtractionOptions
 from dinoscale.models.zoo import build_backbone
+from dinoscale.reports.comparison.scores import Outcome, compare
 from tests.unit.evaluate.conftest import CARD, SHAPE, Colors
 
 OPTIONS = ExtractionOptions(num_workers=0, device="cpu", progress=False)
@@ -103,3 +104,19 @@ def test_the_command_judges_at_the_sizes_of_the_training(
     assert judged["score"] == kept["score"]
     assert judged["protocol"]["images"] == kept["protocol"]["images"]
     assert {"weights", "test", "probe"} <= judged["made_from"]["input"].keys()
+
+
+def test_classifiers_of_other_sets_and_settings_are_other_columns(
+    colors: Colors, tmp_path: Path
+) -> None:
+    # Made the same way twice, by another C, and from another train set.
+    ways = [(1.0, 0), (1.0, 0), (2.0, 0), (1.0, 1)]
+    outcomes = []
+    for number, (c, of) in enumerate(ways):
+        sets = ((colors.hard[0], colors.train)[of], colors.test)
+        out = tmp_path / f"{number}.safetensors"
+        evaluate_logistic(colors.weights, *sets, cs=(c,), out=out, options=OPTIONS)
+        report = evaluate_probe(colors.weights, out, colors.test, options=OPTIONS)
+        outcomes.append(Outcome(f"w{number}", "teacher", "probe", "", report))
+    assert len(compare(outcomes[:2]).columns) == 1
+    assert len(compare(outcomes).columns) == 3
