@@ -27,6 +27,7 @@ from dinoscale.data.sources.source import Source
 from dinoscale.errors import DataError
 from dinoscale.evaluate.dense_probes.target_files import Part
 from dinoscale.evaluate.feature_cache import InFiles
+from dinoscale.evaluate.overlap import find_overlap
 from dinoscale.evaluate.progress import bar_options
 
 log = logging.getLogger(__name__)
@@ -172,6 +173,19 @@ def open_pairs(part: Part, source: Source, targets: Targets, reading: Reading) -
     return Pairs(
         *(part, source, targets, np.array(indices)), tuple(without), tuple(unreadable), total
     )
+
+
+def warn_of_shared_pictures(train: Pairs, test: Pairs) -> None:
+    """Log how many pictures of the test set are in the train set too, byte for byte."""
+    if train.part.names is not None and test.part.names is not None:
+        return  # the lists of one folder, each of which names a picture once
+    shared = find_overlap(test.source, train.source)
+    if shared.found:
+        log.warning(
+            "%d of the %d pictures of test that were looked for are in train, byte for byte, as %s:"
+            " the score is too high",
+            *(shared.found, shared.looked_for, shared.example),
+        )
 
 
 class _Checked(NamedTuple):

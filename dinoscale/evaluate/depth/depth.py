@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dinoscale.evaluate.dense_probes.linear_head import HeadTraining, LinearHead
 from dinoscale.evaluate.dense_probes.pair_crops import CropRule
-from dinoscale.evaluate.dense_probes.pairs import Pairs
+from dinoscale.evaluate.dense_probes.pairs import Pairs, warn_of_shared_pictures
 from dinoscale.evaluate.dense_probes.probe import (
     DEFAULT_PROBING,
     Features,
@@ -57,6 +57,7 @@ def evaluate_depth(
     """
     probe = Probe.open(weights_path, options, spread="even")
     sets = [open_depths(probe, part, protocol) for part in (train, test)]
+    warn_of_shared_pictures(*sets)
     run = _Run(sets[0], Scoring(probe, sets[1], protocol))
     report = run.report()
     if options.untrained:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from dinoscale.errors import ConfigError, DataError
-from dinoscale.evaluate.dense_probes.pairs import Pairs
+from dinoscale.evaluate.dense_probes.pairs import Pairs, warn_of_shared_pictures
 from dinoscale.evaluate.dense_probes.probe import (
     DEFAULT_PROBING,
     Features,
@@ -20,7 +20,6 @@ from dinoscale.evaluate.dense_probes.probe import (
     Probe,
     ProbeOptions,
 )
-from dinoscale.evaluate.overlap import find_overlap
 from dinoscale.evaluate.segmentation.confusion import Confusion
 from dinoscale.evaluate.segmentation.index_masks import VOID
 from dinoscale.evaluate.segmentation.kept import head_card
@@ -94,19 +93,8 @@ def _open(probe: Probe, layout: Layout) -> tuple[Pairs, Pairs, int]:
         )
     number = layout.rule.num_classes or int(present[-1]) + 1
     test = open_test(probe, layout.test, replace(layout.rule, num_classes=number))
-    shared = find_overlap(test.source, train.source) if _apart(layout) else None
-    if shared is not None and shared.found:
-        log.warning(
-            "%d of the %d pictures of test that were looked for are in train, byte for byte, as %s:"
-            " the score is too high",
-            *(shared.found, shared.looked_for, shared.example),
-        )
+    warn_of_shared_pictures(train, test)
     return train, test, number
-
-
-def _apart(layout: Layout) -> bool:
-    """Whether both parts could share a picture: not the lists of one folder, each named once."""
-    return layout.train.names is None or layout.test.names is None
 
 
 @dataclass(frozen=True)

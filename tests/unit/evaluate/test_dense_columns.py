@@ -1,4 +1,4 @@
-"""Which reports of classes and depths of pixels share a column, and which trainings go on."""
+"""Classes and depths of pixels: shared columns, resumed trainings, images in both sets."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from dinoscale.errors import ConfigError
 from dinoscale.evaluate.dense_probes.linear_head import Recipe
 from dinoscale.evaluate.dense_probes.probe import ProbeOptions
 from dinoscale.evaluate.dense_probes.target_files import Part
+from dinoscale.evaluate.depth.depth import DepthProtocol, evaluate_depth
 from dinoscale.evaluate.discovery.discover import evaluate_discover
 from dinoscale.evaluate.discovery.truth import Annotations
 from dinoscale.evaluate.frozen_backbone import LoadOptions
@@ -122,3 +123,23 @@ def test_a_training_of_other_classes_does_not_go_on(
     end_after(None)
     with pytest.raises(ConfigError, match=rf"belongs to another training \(.*{named}.* changed"):
         evaluate_segmentation(weights, replace(layout, **change), protocol=linear, options=options)
+
+
+def test_depth_warns_of_test_images_that_it_learnt_from(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    picture = save_picture(tmp_path / "train" / "a.png", seed=0, size=(24, 24))
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "b.png").write_bytes(picture.read_bytes())
+    depths = tmp_path / "depths"
+    depths.mkdir()
+    for name in "ab":
+        Image.fromarray(np.full((24, 24), 2000, np.uint16)).save(depths / f"{name}.png")
+    parts = [Part(str(tmp_path / name), str(depths)) for name in ("train", "test")]
+    recipe = Recipe(iterations=1, batch_size=1, lr=1e-3, weight_decay=0.0, warmup=0.0)
+    protocol = DepthProtocol(crop=(24, 24), bins=4, recipe=recipe)
+    with caplog.at_level("WARNING"):
+        evaluate_depth(
+            save_weights(tmp_path / "w.safetensors"), *parts, protocol=protocol, options=OPTIONS
+        )
+    assert "1 of the 1 pictures of test that were looked for are in train" in caplog.text
