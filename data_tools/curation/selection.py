@@ -26,6 +26,7 @@ FORMAT = "dinoscale selection 1"
 
 _MEMBER = ".tar::"
 _AT_ONCE = 2**16  # names in memory
+_LOOKED_FOR = 100  # images, before any work
 
 
 class Places:
@@ -56,12 +57,9 @@ class Places:
                 " the option is for embeddings of a folder"
             )
         if not os.path.isabs(first):
-            root = os.path.abspath(os.path.expanduser(images or spec))
-            if not os.path.exists(os.path.join(root, first)):
-                raise DataError(
-                    f"{first} of {embeddings.path} is not in {root}. Name the folder of the images"
-                    " with --image-root"
-                )
+            root = _root(embeddings) if images is None else os.path.expanduser(images)
+            root = os.path.abspath(root)
+            _require_images(embeddings, root)
             # As `deduplicate` writes it: what lies below `/./` are the classes of `build-shards`.
             classes = embeddings.class_names is not None
             self._root = os.path.join(root, ".") if classes else root
@@ -76,6 +74,34 @@ class Places:
         if "\n" in path or "\r" in path:
             raise DataError(f"{path!r} has a line break in its name; no list can hold it. Rename")
         return os.fsencode(path) + b"\n"
+
+
+def _root(embeddings: Embeddings) -> str:
+    """Folder of the images at the time they were embedded, absolute.
+
+    Raises:
+        DataError: only a path relative to the working directory of that time is known.
+    """
+    of = embeddings.about["data"]
+    root = str(of.get("root") or os.path.expanduser(of["spec"]))  # older versions wrote no root
+    if not os.path.isabs(root):
+        raise DataError(
+            f"{embeddings.path}: the folder of its images is known only as {root}, below a folder"
+            " that was not written down. Name it with --image-root"
+        )
+    return root
+
+
+def _require_images(embeddings: Embeddings, root: str) -> None:
+    """Look for some of the images, spread evenly, in a folder."""
+    last = len(embeddings) - 1
+    rows = np.unique(np.linspace(0, last, min(last + 1, _LOOKED_FOR)).astype(np.int64))
+    for name in embeddings.names(rows):
+        if not os.path.exists(os.path.join(root, name)):
+            raise DataError(
+                f"{name} of {embeddings.path} is not in {root}. Name the folder of the images with"
+                " --image-root"
+            )
 
 
 def require_list(path: Path) -> None:

@@ -44,6 +44,8 @@ def test_ranks_share_the_blocks_and_a_failure_of_one_reaches_all(tmp_path: Path)
     rows = np.random.default_rng(0).normal(size=(60, 16)).astype(np.float32)
     rows[40:] = rows[:20]
     save_picture(tmp_path / "images" / "00000.jpg", seed=0)
+    for i in range(1, 60):  # only those on the page are read
+        (tmp_path / "images" / f"{i:05d}.jpg").touch()
     spec = str(tmp_path / "images")
     good = write_features(tmp_path / "good", {"cls": rows}, spec=spec)
     found(good, tmp_path / "one" / "kept.txt")

@@ -389,11 +389,13 @@ def _about(job: _Job, spec: str) -> dict[str, Any]:
         )
     card, path = job.extractor.card, Path(job.extractor.path)
     of_file = {"file_sha256": sha256(path)} if path.is_file() else {}
+    # The names are below it, and the specification may be relative to today's working directory.
+    root = {"root": job.source.root} if isinstance(job.source, FolderSource) else {}
     return {
         "format": FORMAT,
         "weights": {"path": job.extractor.path, "source": card.source, **of_file},
         "backbone": asdict(card.backbone),
-        "data": {"spec": shown(spec), "left_out": left_out_counts(job.source)},
+        "data": {"spec": shown(spec), **root, "left_out": left_out_counts(job.source)},
         "images": images,
         "features": {
             name: {"dtype": job.options.dtype, "shape": [images, *shape]}

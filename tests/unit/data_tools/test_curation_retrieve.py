@@ -40,6 +40,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images in four blobs, and seeds: five in the first, six in the third, one in the fourth."""
     place = tmp_path_factory.mktemp("retrieve")
     save_picture(place / "images" / "00000.jpg", seed=0)
+    for i in range(1, 100):  # only those on the page are read
+        (place / "images" / f"{i:05d}.jpg").touch()
     write_features(place / "features", {"cls": _blobs(SIZES, 0)}, spec=str(place / "images"))
     write_features(place / "seeds", {"cls": _blobs([5, 0, 6, 1], 1)}, spec=str(place / "images"))
     options = ClusterOptions(levels=(4,), iterations=10, resampling=(0,))

@@ -126,6 +126,29 @@ def test_a_selection_of_a_folder_is_a_list_for_training(tmp_path: Path) -> None:
     assert record["train_on"] == f"data.train={out}"
 
 
+def test_a_list_names_images_of_the_folder_that_was_embedded_wherever_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {"cls": np.ones((3, 2), np.float32)}
+    for place in ("then", "now"):
+        (tmp_path / place / "images").mkdir(parents=True)
+        for i in range(3):
+            (tmp_path / place / "images" / f"{i:05d}.jpg").touch()
+    monkeypatch.chdir(tmp_path / "now")
+    then, both = tmp_path / "then" / "images", np.array([0, 2])
+    known = open_embeddings(write_features(tmp_path / "known", rows, root=str(then)))
+    write_selection(tmp_path / "a.txt", known, both, about={})
+    assert (tmp_path / "a.txt").read_text() == f"{then}/00000.jpg\n{then}/00002.jpg\n"
+    old = open_embeddings(write_features(tmp_path / "old", rows))  # as older versions wrote it
+    with pytest.raises(DataError, match=r"known only as images, .* with --image-root"):
+        write_selection(tmp_path / "b.txt", old, both, about={})
+    write_selection(tmp_path / "b.txt", old, both, about={}, images="../then/images")
+    assert (tmp_path / "b.txt").read_bytes() == (tmp_path / "a.txt").read_bytes()
+    (then / "00001.jpg").unlink()
+    with pytest.raises(DataError, match=r"00001\.jpg of .* is not in .*then/images"):
+        write_selection(tmp_path / "c.txt", known, both, about={})
+
+
 def test_a_selection_of_shards_is_a_list_to_pack(tmp_path: Path) -> None:
     shard = tmp_path / "a.tar"
     with tarfile.open(shard, "w") as tar:

@@ -33,6 +33,7 @@ def write_features(
     sizes: Sequence[Sequence[int]] | None = None,
     classes: Sequence[str] | None = None,
     spec: str = "images",
+    root: str | None = None,
     shard_size: int = 64,
 ) -> Path:
     """Write the features of a set in shards; names are 00000.jpg, ... unless given."""
@@ -51,7 +52,11 @@ def write_features(
             )
 
     return write_blocks(
-        out, blocks(), num_blocks=-(-number // shard_size), spec=spec, classes=classes
+        *(out, blocks()),
+        num_blocks=-(-number // shard_size),
+        spec=spec,
+        root=root,
+        classes=classes,
     )
 
 
@@ -61,6 +66,7 @@ def write_blocks(
     *,
     num_blocks: int,
     spec: str = "images",
+    root: str | None = None,
     classes: Sequence[str] | None = None,
 ) -> Path:
     """Write a shard for each block, which are taken one by one."""
@@ -91,7 +97,7 @@ def write_blocks(
         {
             "format": FORMAT,
             "weights": {"path": "weights.safetensors"},
-            "data": {"spec": spec, "left_out": {}},
+            "data": {"spec": spec, **({} if root is None else {"root": root}), "left_out": {}},
             "images": number,
             "features": {
                 name: {"dtype": rows.dtype.name, "shape": [number, *rows.shape[1:]]}

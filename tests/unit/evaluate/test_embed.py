@@ -69,6 +69,22 @@ def written(weights: Path, images: Path, tmp_path_factory: pytest.TempPathFactor
     return out
 
 
+def test_a_folder_named_relative_is_written_down_absolute_and_found_from_elsewhere(
+    weights: Path, images: Path, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _manifest(written)["data"]["root"] == str(images)
+    monkeypatch.chdir(images.parent)
+    embed(weights, images.name, tmp_path / "out", SMALL)
+    assert _manifest(tmp_path / "out")["data"] == {
+        **_manifest(written)["data"],
+        "spec": images.name,
+    }
+    kept = _bytes(tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    embed(weights, str(images), tmp_path / "out", SMALL)
+    assert _bytes(tmp_path / "out") == kept
+
+
 def test_numpy_reads_what_load_backbone_computes(
     weights: Path, images: Path, written: Path
 ) -> None:
