@@ -13,7 +13,7 @@ import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -211,6 +211,7 @@ class Clusters:
 
     path: Path
     about: Json
+    _compared: set[int] = field(default_factory=set)  # levels whose checksums were compared
 
     @property
     def num_levels(self) -> int:
@@ -220,10 +221,17 @@ class Clusters:
     def level(self, number: int) -> Level:
         """A level; its assignments and distances are memory-mapped.
 
+        The first call for a level compares its arrays with their SHA-256, which reads them.
+
         Raises:
             DataError: an array of it is damaged.
         """
-        return _level(self.path, number, self.about["levels"][number - 1])
+        about = self.about["levels"][number - 1]
+        if number not in self._compared:
+            for of in about["arrays"].values():
+                _require_same(self.path / of["file"], of["sha256"])
+            self._compared.add(number)
+        return _level(self.path, number, about)
 
     def of_images(self, number: int) -> NDArray[np.int32]:
         """The cluster at a level of each image, (N,)."""
@@ -290,6 +298,20 @@ def _level(path: Path, number: int, about: Json) -> Level:
     if sizes != (about["clusters"], about["points"], about["points"]):
         raise DataError(f"level {number} of {path} is damaged: remove the folder, and cluster anew")
     return level
+
+
+def _require_same(path: Path, recorded: str) -> None:
+    """Refuse an array that has changed since it was written."""
+    try:
+        same = sha256(path) == recorded
+    except OSError as error:
+        why = f"cannot read {path} ({error.strerror})"
+        raise DataError(f"{why}: remove the folder, and cluster anew") from error
+    if not same:
+        raise DataError(
+            f"{path} is damaged: its SHA-256 is not that of {MANIFEST}. Remove the folder, and"
+            " cluster anew"
+        )
 
 
 def _array(path: Path) -> NDArray[Any]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.curation.duplicates_page import WITH_NEAR, write_copies_page
-from data_tools.curation.embeddings import open_embeddings
+from data_tools.curation.embeddings import open_embeddings, verify
 from data_tools.curation.groups import LADDER, Found, Grouped, Sets, Similar, decide, groups_in
 from data_tools.curation.neighbours import ROUNDING, require_comparable
 from data_tools.curation.page import page_of, require_page
@@ -72,8 +72,8 @@ def deduplicate_embeddings(
 
     Raises:
         ConfigError: faiss is asked for and not there.
-        DataError: embeddings cannot be read or compared, nothing is left, or a file cannot be
-            written.
+        DataError: embeddings cannot be read or compared, have changed since they were written,
+            nothing is left, or a file cannot be written.
         OutputError: something else has the name of a file.
     """
     whole = open_embeddings(folder, features=features)
@@ -88,6 +88,7 @@ def deduplicate_embeddings(
     )
     search = _Search(sets, similar, way)
     with journal_beside(out, work) as journal:
+        verify(sets.whole, *sets.tests)
         results = in_turns(search.piece, search.sizes, journal, progress=progress)
         summary = on_first_rank(lambda _: _written(sets, search.joined(results), similar, way, out))
     return distributed.broadcast_object(summary) or {}

@@ -23,6 +23,7 @@ from data_tools.journal import Json
 from dinoscale.errors import DataError
 from dinoscale.evaluate.embedding.folder import FORMAT, MANIFEST, UNFINISHED
 from dinoscale.runtime.fingerprint import digest_of
+from dinoscale.runtime.opening import on_first_rank
 from dinoscale.runtime.outputs import sha256
 
 _USUAL = ("cls", "pooled", "mean_patch")  # the first that there is, unless others are asked for
@@ -221,6 +222,20 @@ def open_embeddings(
         for name in chosen:
             _require_whole(path / shard.arrays[name]["file"], shard, name, about)
     return Embeddings(path, about, shards, features=chosen, normalize=normalize)
+
+
+def verify(*embeddings: Embeddings) -> None:
+    """Compare the arrays with their SHA-256, those of one folder once; all ranks call it.
+
+    Raises:
+        DataError: one has changed since it was written, on every rank.
+    """
+
+    def compare(_: object) -> None:
+        for one in {one.path.resolve(): one for one in embeddings}.values():
+            one.verify()
+
+    on_first_rank(compare)
 
 
 def _read_manifest(path: Path) -> tuple[Json, list[_Shard]]:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data_tools.curation.clusters import open_clusters
-from data_tools.curation.embeddings import Embeddings, open_embeddings
+from data_tools.curation.embeddings import Embeddings, open_embeddings, verify
 from data_tools.curation.kmeans import assign
 from data_tools.curation.neighbours import require_comparable
 from data_tools.curation.page import (
@@ -167,8 +167,8 @@ def retrieve_neighbours(
 
     Raises:
         ConfigError: faiss is asked for and not there.
-        DataError: embeddings cannot be read or compared, nothing is found, or a file cannot be
-            written.
+        DataError: embeddings cannot be read or compared, have changed since they were written,
+            nothing is found, or a file cannot be written.
         OutputError: something else has the name of a file.
     """
     whole = open_embeddings(folder, features=features)
@@ -188,6 +188,7 @@ def retrieve_neighbours(
         code=code_fingerprint(__name__),
     )
     with journal_beside(out.path, work) as journal:
+        verify(whole, of_seeds)
         results = in_turns(piece, [len(span) for span in spans], journal, progress=progress)
 
         def write(_: object) -> Json:
@@ -304,7 +305,8 @@ def retrieve_clusters(
     of_seeds = open_embeddings(seeds, features=whole.features, normalize=whole.normalized)
     require_comparable(whole, of_seeds)
     distributed.together(partial(_require_files, out, whole))
-    level = hierarchy.level(1)
+    level = distributed.together(lambda: hierarchy.level(1))
+    verify(of_seeds)
     shown = progress and not distributed.rank()
     with tqdm(total=len(of_seeds), unit="img", disable=None if shown else True) as bar:
         centroids = torch.from_numpy(level.centroids).to(device)

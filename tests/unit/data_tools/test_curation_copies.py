@@ -213,6 +213,19 @@ def test_embeddings_that_cannot_be_used_are_refused_by_name(
         _run(features, tmp_path / "none.txt", against=(features,))
 
 
+@pytest.mark.parametrize("which", ["features", "test"])
+def test_arrays_that_have_changed_since_they_were_written_are_refused(
+    images: Path, tmp_path: Path, which: str
+) -> None:
+    for name in ("features", "test"):
+        write_features(tmp_path / name, {"cls": _different(3)}, spec=str(images))
+    array = tmp_path / which / "cls-00000.npy"
+    data = array.read_bytes()
+    array.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(DataError, match=rf"{which}/cls-00000\.npy is damaged: its SHA-256"):
+        _run(tmp_path / "features", tmp_path / "kept.txt", against=(tmp_path / "test",))
+
+
 def test_faiss_finds_the_planted_copies_too(
     features: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from data_tools.curation.clusters import open_clusters
 from data_tools.curation.hierarchy import ClusterOptions, cluster
 from data_tools.curation.retrieve import (
     ByCluster,
@@ -134,6 +136,32 @@ def test_clusters_with_enough_seeds_give_images_up_to_the_cap(place: Path, tmp_p
     assert one == [*range(60), *range(90, 100)]  # nothing of the second blob, without seeds
     with pytest.raises(DataError, match=r"--min-seeds 7: no cluster has so many, the most are 6"):
         _of_clusters(place, tmp_path / "none.txt", min_seeds=7)
+
+
+def test_arrays_that_have_changed_since_they_were_written_are_refused(
+    place: Path, tmp_path: Path
+) -> None:
+    def flip(folder: str, name: str) -> None:
+        path = moved / folder / name
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+    moved, out = tmp_path / "place", tmp_path / "near.txt"
+    shutil.copytree(place, moved)
+    for folder, name in (("features", "cls-00001.npy"), ("seeds", "cls-00000.npy")):
+        flip(folder, name)
+        with pytest.raises(DataError, match=rf"{folder}/{name} is damaged: its SHA-256"):
+            _near(moved, out)
+        if folder == "seeds":
+            with pytest.raises(DataError, match=rf"{folder}/{name} is damaged: its SHA-256"):
+                _of_clusters(moved, out)
+        flip(folder, name)
+    for name in ("assignments", "distances"):
+        flip("clusters", f"{name}-1.npy")
+        with pytest.raises(DataError, match=rf"{name}-1\.npy is damaged: its SHA-256"):
+            open_clusters(moved / "clusters").level(1)
+        flip("clusters", f"{name}-1.npy")
+    assert len(_of_clusters(moved, out)) == 18
 
 
 def test_options_out_of_range_are_refused(place: Path, tmp_path: Path) -> None:
