@@ -94,10 +94,10 @@ def balance(
         DataError: a folder cannot be used, or there are fewer images than asked for.
         OutputError: something else has the name of an output.
     """
-    require_list(out)
-    require_page(out)
     hierarchy = open_clusters(clusters)
     points = hierarchy.embeddings(embeddings)
+    require_list(out, points)
+    require_page(out)
     if options.images > len(points) and not options.repeat:
         raise DataError(
             f"--images {options.images}: there are only {len(points)}, and each is chosen at most"

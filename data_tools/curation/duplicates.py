@@ -97,7 +97,7 @@ def deduplicate_embeddings(
 def _require_files(out: Path, sets: Sets) -> None:
     """Refuse what could not be written, on the first rank."""
     if not distributed.rank():
-        require_list(out)
+        require_list(out, sets.whole, *sets.tests)
         require_page(out)
         require_writable(groups_of(out))
         Places(sets.whole, sets.images)

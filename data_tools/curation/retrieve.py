@@ -174,7 +174,7 @@ def retrieve_neighbours(
     whole = open_embeddings(folder, features=features)
     of_seeds = open_embeddings(seeds, features=features)
     require_comparable(whole, of_seeds)
-    distributed.together(partial(_require_files, out, whole))
+    distributed.together(partial(_require_files, out, whole, of_seeds))
     spans = spans_of(len(of_seeds), way.block)
     searched = Searched(whole, way)
 
@@ -202,10 +202,10 @@ def retrieve_neighbours(
     return distributed.broadcast_object(summary) or {}
 
 
-def _require_files(out: Output, whole: Embeddings) -> None:
+def _require_files(out: Output, whole: Embeddings, seeds: Embeddings) -> None:
     """Refuse what could not be written, on the first rank."""
     if not distributed.rank():
-        require_list(out.path)
+        require_list(out.path, whole, seeds)
         require_page(out.path)
         Places(whole, out.images)
 
@@ -304,7 +304,7 @@ def retrieve_clusters(
     whole = hierarchy.embeddings(folder)
     of_seeds = open_embeddings(seeds, features=whole.features, normalize=whole.normalized)
     require_comparable(whole, of_seeds)
-    distributed.together(partial(_require_files, out, whole))
+    distributed.together(partial(_require_files, out, whole, of_seeds))
     level = distributed.together(lambda: hierarchy.level(1))
     verify(of_seeds)
     shown = progress and not distributed.rank()

@@ -104,17 +104,22 @@ def _require_images(embeddings: Embeddings, root: str) -> None:
             )
 
 
-def require_list(path: Path) -> None:
+def require_list(path: Path, *read: Embeddings) -> None:
     """Find out before the work whether a selection can be written under a name.
+
+    Args:
+        path: of the list.
+        read: embeddings that the work reads; images of each may have been named by a list, too.
 
     Raises:
         DataError: a training would not take it for a list, or it cannot be written.
-        OutputError: something else is there.
+        OutputError: something else is there, or a list that named images of these.
     """
     if path.suffix != ".txt":
         raise DataError(f"{path}: data.train takes a list by its ending, .txt: add that")
-    for target in (path, record_of(path)):
-        require_writable(target)
+    for one in read:
+        require_writable(path, source=os.path.expanduser(one.about["data"]["spec"]))
+    require_writable(record_of(path))
 
 
 def record_of(path: Path) -> Path:

@@ -12,7 +12,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from data_tools.curation.balance import BalanceOptions, balance
 from data_tools.curation.clusters import open_clusters
+from data_tools.curation.duplicates import deduplicate_embeddings
+from data_tools.curation.groups import Similar
 from data_tools.curation.hierarchy import ClusterOptions, cluster
 from data_tools.curation.retrieve import (
     ByCluster,
@@ -22,7 +25,7 @@ from data_tools.curation.retrieve import (
     retrieve_neighbours,
 )
 from data_tools.curation.search import Way
-from dinoscale.errors import DataError
+from dinoscale.errors import DataError, OutputError
 from tests.unit.data_tools.tiny_features import write_features
 from tests.unit.evaluate.tiny_files import save_picture
 
@@ -162,6 +165,29 @@ def test_arrays_that_have_changed_since_they_were_written_are_refused(
             open_clusters(moved / "clusters").level(1)
         flip("clusters", f"{name}-1.npy")
     assert len(_of_clusters(moved, out)) == 18
+
+
+def test_the_list_that_named_images_or_seeds_is_not_overwritten(
+    place: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "list.txt"
+    _near(place, out)
+    read, lines = out.read_bytes(), out.read_text().splitlines()
+    rows = _blobs([len(lines)], 2)
+    of_list = write_features(tmp_path / "of list", {"cls": rows}, names=lines, spec=str(out))
+    others = place / "features"
+    for images, seeds in ((of_list, others), (others, of_list)):
+        with pytest.raises(OutputError, match=r"list\.txt is the input: choose another name"):
+            retrieve_neighbours(images, seeds, Output(out), BySeed(1, -1.0, None), way=Way(9, CPU))
+    for images, tests in ((of_list, []), (others, [of_list])):
+        with pytest.raises(OutputError, match=r"list\.txt is the input: choose another name"):
+            deduplicate_embeddings(
+                images, out, against=tests, similar=Similar(0.9, 0.9, 3), way=Way(9, CPU)
+            )
+    cluster(of_list, tmp_path / "clusters", ClusterOptions(levels=(2,), resampling=(0,)))
+    with pytest.raises(OutputError, match=r"list\.txt is the input: choose another name"):
+        balance(tmp_path / "clusters", out, BalanceOptions(2))
+    assert out.read_bytes() == read
 
 
 def test_options_out_of_range_are_refused(place: Path, tmp_path: Path) -> None:
