@@ -24,7 +24,7 @@ class Guarded:
     """What the guard has measured so far, as plain data.
 
     Values are by name: `rankme`, `lidar` and `knn_top1` (higher is better), `alpha_req`,
-    `agreement`.
+    `agreement`, and `lidar_views`, the views of an image that `lidar` compares.
 
     Attributes:
         images: which ones were measured, in words.

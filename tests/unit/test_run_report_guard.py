@@ -14,7 +14,7 @@ import pytest
 from dinoscale.checkpoint.manage import as_table, list_checkpoints
 from dinoscale.checkpoint.progress import Guarded, write_measured
 from dinoscale.config import dump_config
-from dinoscale.reports.run.guard import before_and_after, check_guard, margin
+from dinoscale.reports.run.guard import before_and_after, check_guard, exported_of, margin
 from dinoscale.reports.run.phases import write_report
 from dinoscale.reports.run.read import Record, read_record
 from dinoscale.reports.run.write import write_run_report
@@ -108,6 +108,26 @@ def test_the_page_of_all_phases_shows_before_and_after_over_all(tmp_path: Path) 
     assert "best (step 10)" in page
     assert "exported (step 20 of 01_heads)" in page
     assert page.count("<img") == 3  # RankMe, LiDAR and agreement, over the steps of both
+
+
+def test_lidar_of_other_views_is_no_part_of_the_column_of_what_was_exported(tmp_path: Path) -> None:
+    run = _run(tmp_path / "run", fall="", events=[])
+    last, earlier = (run / "checkpoints" / f"step_000000{step}" for step in (20, 10))
+    earlier.mkdir()
+    state = json.loads((last / "state.json").read_text())
+    (earlier / "state.json").write_text(json.dumps({**state, "step": 10}))
+    for step, views in ((10, 2.0), (20, 3.0)):
+        values = {"rankme": 7.0, "lidar": 40.0 + views, "lidar_views": views}
+        known = Guarded("9 images", "rankme", step, values, 0, START, 5, {"rankme": 8.0})
+        write_measured(run / "checkpoints" / f"step_{step:08d}", None, known)
+    card = {"checkpoint": f"{run.name}/checkpoints/step_00000010"}
+    (run / f"{BEST_WEIGHTS}.json").write_text(json.dumps(card))
+    record = read_record(run)
+    exported = exported_of(run, [record])
+    page = "".join(tostring(one, "unicode") for one in before_and_after(record, exported))
+    assert "exported (step 10)" in page
+    assert "43" in page
+    assert "42" not in page
 
 
 def test_a_fall_that_has_ended_is_a_warning(tmp_path: Path) -> None:

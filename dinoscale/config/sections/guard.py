@@ -22,7 +22,8 @@ class GuardConfig(Section):
     best of the one before, and have one `best.safetensors`, that of the whole run. Numbers of other
     images, or of other `eval.resize` and `eval.crop`, do not compare: the guard then begins anew.
     Where k-NN decides, nor do those of other `eval.train`, `eval.test` and `eval.k`; where LiDAR
-    does, of other `lidar_views`. Off while `every_steps` is null.
+    does, of other `lidar_views`. Elsewhere only LiDAR itself begins anew with these. Off while
+    `every_steps` is null.
     """
 
     every_steps: Count | None = Field(

@@ -103,7 +103,9 @@ def _exported(
     if (folder, one.step) == (known.best_in or own, known.best_step):
         return
     here = [found for found in one.verdicts if found.step == one.step and found.compares(known)]
-    values = here[0].values if here else {}
+    values = dict(here[0].values) if here else {}
+    if values.get("lidar_views") != known.values.get("lidar_views"):
+        values.pop("lidar", None)  # of other views
     yield f"exported (step {one.step:,}{'' if folder == own else f' of {folder}'})", values
 
 

@@ -43,7 +43,7 @@ def judge(
             images, rule.measure, step, values, step, values, step, values, fall, identity
         )
     assert before is not None
-    before = _by_measure(before, rule.measure)
+    before = _by_measure(_of_views(before, rule.measure, values), rule.measure)
     fall = _fall(before, rule, values)
     after = replace(
         before,
@@ -58,6 +58,23 @@ def judge(
     if value is not None and not fall and value >= before.best.get(rule.measure, value):
         return replace(after, best_step=step, best=values, best_in="")
     return after
+
+
+def _of_views(before: Guarded, measure: str, values: dict[str, float]) -> Guarded:
+    """Without LiDAR of other views than that of `values`, with which it does not compare.
+
+    Where LiDAR decides, its views are in the identity. Older versions did not store them.
+    """
+    views = values.get("lidar_views")
+    if views is None or measure == "lidar":
+        return before
+
+    def kept(known: dict[str, float]) -> dict[str, float]:
+        if known.get("lidar_views") == views:
+            return known
+        return {name: known[name] for name in known if name not in ("lidar", "lidar_views")}
+
+    return replace(before, start=kept(before.start), best=kept(before.best))
 
 
 def _by_measure(before: Guarded, measure: str) -> Guarded:

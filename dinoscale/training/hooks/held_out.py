@@ -104,8 +104,9 @@ class HeldOut:
             starts: whether this is the start that later measurements are compared with.
 
         Returns:
-            `rankme` in directions, and with `guard.lidar_views` also `lidar`; `agreement`, 0 to 1,
-            unless the start is not known; `alpha_req`, unless the rank is too low.
+            `rankme` in directions, and with `guard.lidar_views` also `lidar` and `lidar_views`;
+            `agreement`, 0 to 1, unless the start is not known; `alpha_req`, unless the rank is too
+            low.
 
         Raises:
             DinoscaleError: on every rank.
@@ -128,7 +129,8 @@ class HeldOut:
         except NonFiniteError:  # on every rank
             if starts and distributed.rank() == 0:
                 self._forget()
-            of_views = {"lidar": 0.0} if config.guard.lidar_views else {}
+            num_views = float(config.guard.lidar_views)
+            of_views = {"lidar": 0.0, "lidar_views": num_views} if num_views else {}
             return {"rankme": 0.0, "agreement": 0.0, **of_views}
 
         def values() -> dict[str, float] | None:
@@ -171,7 +173,8 @@ class HeldOut:
         found = {"rankme": rankme(features)}
         alpha = alpha_req(features)
         found |= {} if alpha is None else {"alpha_req": alpha}
-        found |= {} if views is None else {"lidar": lidar(views)}
+        if views is not None:
+            found |= {"lidar": lidar(views), "lidar_views": float(views.shape[1])}
         neighbours = nearest(features, numbers, num_images=len(self._source)).cpu()
         if starts:
             self._start = neighbours

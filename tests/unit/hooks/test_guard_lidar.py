@@ -51,14 +51,15 @@ def test_lidar_of_the_guard_is_that_of_evaluate_rank_and_the_same_every_time(
     assert 1 < found["lidar"] < IMAGES
     assert _measure(held_out, backbone) == found
     without = _measure(_held_out(tmp_path), backbone)
-    assert without == {name: value for name, value in found.items() if name != "lidar"}
+    assert found["lidar_views"] == VIEWS
+    assert without == {name: value for name, value in found.items() if "lidar" not in name}
 
 
 def test_features_that_are_not_finite_have_no_lidar(tmp_path: Path) -> None:
     backbone, _ = load_backbone(save_weights(tmp_path / "weights.safetensors"))
     nn.init.constant_(next(backbone.parameters()), torch.nan)
     found = _measure(_held_out(tmp_path, lidar_views=VIEWS), backbone)
-    assert found == {"rankme": 0.0, "agreement": 0.0, "lidar": 0.0}
+    assert found == {"rankme": 0.0, "agreement": 0.0, "lidar": 0.0, "lidar_views": VIEWS}
 
 
 def test_lidar_may_decide_and_then_other_views_do_not_compare(tmp_path: Path) -> None:
@@ -72,6 +73,21 @@ def test_lidar_may_decide_and_then_other_views_do_not_compare(tmp_path: Path) ->
     by_lidar = [_held_out(tmp_path, measure="lidar", lidar_views=views) for views in (2, 3)]
     by_rank = [_held_out(tmp_path, lidar_views=views) for views in (2, 3)]
     assert len({one.identity for one in (*by_lidar, *by_rank)}) == 3
+
+
+def test_lidar_of_other_views_does_not_stand_beside_that_of_these() -> None:
+    rule = GuardConfig(every_steps=10, lidar_views=VIEWS, max_fall=0.5)
+    known: Guarded | None = None
+    for step, views in enumerate((2, 2, 0, 2)):
+        of_views = {"lidar": 5.0, "lidar_views": views} if views else {}
+        values = {"rankme": 30.0 - step, **of_views}
+        known = judge(known, rule, step=step, values=values, images="a", identity="one")
+    assert known is not None
+    assert (known.start["lidar"], known.best["lidar"], known.best_step) == (5.0, 5.0, 0)
+    values = {"rankme": 26.0, "lidar": 7.0, "lidar_views": 3}
+    known = judge(known, rule, step=4, values=values, images="a", identity="one")
+    assert known.start == known.best == {"rankme": 30.0}
+    assert known.values == values
 
 
 @pytest.mark.parametrize(
