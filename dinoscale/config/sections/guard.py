@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from dinoscale.config.sections.fields import (
     Count,
@@ -12,6 +12,8 @@ from dinoscale.config.sections.fields import (
     Section,
     is_streamed,
 )
+
+_MOST_VIEWS = 2**17  # with their copies 1.6 GB of each GPU at a width of 1,024
 
 
 class GuardConfig(Section):
@@ -47,7 +49,8 @@ class GuardConfig(Section):
         description="Augmented views of each of these images that LiDAR compares, always the same; "
         "0: no LiDAR, which costs as many forwards of each image as it has views, where all else "
         "costs one. Published are 50 views of 1,000 images; `dinoscale evaluate rank` takes them. "
-        "[D].",
+        "Each GPU holds up to 12 bytes x num_images x lidar_views x width of the backbone "
+        "meanwhile, 0.1 GB for 2,048 x 4 x 1,024; at most 131,072 views in all. [D].",
     )
     measure: Literal["rankme", "lidar", "knn_top1"] = Field(
         default="rankme",
@@ -78,6 +81,16 @@ class GuardConfig(Section):
                 "LiDAR compares views of an image, need 2 or more, or 0 for none; got 1"
             )
         return views
+
+    @model_validator(mode="after")
+    def _views_fit_memory(self) -> "GuardConfig":
+        views = self.num_images * self.lidar_views
+        if views > _MOST_VIEWS:
+            raise ValueError(
+                f"lidar_views: {self.lidar_views} of each of {self.num_images} images are {views}"
+                f" views, need {_MOST_VIEWS} or fewer: lower it or num_images"
+            )
+        return self
 
     def mistakes(self, *, images: str | None, labelled: bool, keeps_best: bool) -> list[str]:
         """What the guard lacks.

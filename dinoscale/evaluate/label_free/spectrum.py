@@ -13,6 +13,7 @@ from torch import Tensor
 RANKME_IMAGES = 25_000  # Garrido et al. 2023, section 3
 ALPHA_FIRST, ALPHA_LAST = 10, 100  # eigenvalues that the slope is fitted to, counted from 1
 ALPHA_LEAST = 10  # of them; fewer give no slope
+_ROWS = 2**12  # views in float64 at once
 LIDAR_DELTA = 1e-4  # added to the diagonal of the covariance within images; Thilak et al. 2024
 
 
@@ -88,11 +89,15 @@ def lidar(views: Tensor, *, delta: float = LIDAR_DELTA) -> float:
     """
     if views.ndim != 3 or min(views.shape[:2]) < 2 or not delta > 0:
         raise ValueError(f"need (n, q, D), n, q >= 2 and delta > 0; got {[*views.shape]}, {delta}")
-    x = _checked(views.flatten(0, 1)).view(views.shape)
-    means = x.mean(dim=1)  # (n, D)
-    rest = (x - means[:, None]).flatten(0, 1)  # (n q, D)
-    within, axes = torch.linalg.eigh(rest.T @ rest / len(rest))
-    whitened = _centered(means) @ axes / (within.clamp(min=0) + delta).sqrt()
+    n, q, width = views.shape
+    means, scatter = [], views.new_zeros(width, width, dtype=torch.float64)
+    for some in views.split(max(1, _ROWS // q)):
+        x = _checked(some.flatten(0, 1)).view(some.shape)
+        means.append(x.mean(dim=1))
+        rest = (x - means[-1][:, None]).flatten(0, 1)
+        scatter += rest.T @ rest
+    within, axes = torch.linalg.eigh(scatter / (n * q))
+    whitened = _centered(torch.cat(means)) @ axes / (within.clamp(min=0) + delta).sqrt()
     return _effective_rank(_singular_values(whitened).square())
 
 

@@ -15,6 +15,7 @@ from dinoscale.data.augmentation.multi_crop import MultiCrop
 from dinoscale.data.sources.source import open_source
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.frozen_backbone import ExtractionOptions, load_extractor
+from dinoscale.evaluate.label_free import spectrum
 from dinoscale.evaluate.label_free.rank import Samples, evaluate_rank
 from dinoscale.evaluate.label_free.spectrum import alpha_req, lidar, rankme
 from dinoscale.evaluate.label_free.views import SEED, augmented_views
@@ -96,6 +97,20 @@ def test_lidar_of_known_covariances() -> None:
     assert lidar(_views(SQUARES, noise), delta=delta) == pytest.approx(4, rel=1e-9)
     turned = _views(SQUARES, noise) @ _orthonormal(6, 6)
     assert lidar(turned, delta=delta) == pytest.approx(4, rel=1e-9)
+
+
+def test_lidar_of_many_views_copies_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    views = torch.randn(40, 3, 5, generator=torch.Generator().manual_seed(0))
+    whole, copied, checked = lidar(views), [], spectrum._checked
+
+    def counted(rows: Tensor) -> Tensor:
+        copied.append(len(rows))
+        return checked(rows)
+
+    monkeypatch.setattr(spectrum, "_checked", counted)
+    monkeypatch.setattr(spectrum, "_ROWS", 13)
+    assert lidar(views) == pytest.approx(whole, rel=1e-9)
+    assert copied == [12] * 10
 
 
 def test_lidar_of_degenerate_features() -> None:

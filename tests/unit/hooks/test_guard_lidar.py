@@ -94,6 +94,7 @@ def test_lidar_of_other_views_does_not_stand_beside_that_of_these() -> None:
     ("guard", "text"),
     [
         ({"lidar_views": 1}, r"guard\.lidar_views: .*need 2 or more, or 0 for none; got 1"),
+        ({"lidar_views": 65, "num_images": 2048}, r"are 133120 views, need 131072 or fewer: lower"),
         ({"measure": "lidar"}, r"guard\.measure: 'lidar' needs views .* guard\.lidar_views 2"),
     ],
 )
