@@ -80,7 +80,8 @@ class Embeddings:
         """The rows start..stop - 1, (n, D) float32; they do not depend on where n begins or ends.
 
         Raises:
-            DataError: a number is not finite, or an array cannot be read.
+            DataError: a number is not finite, a row to normalise is all zero, or an array cannot be
+                read.
         """
         found = np.empty((stop - start, self.width), dtype=np.float32)
         first = int(np.searchsorted(self._starts, start, side="right")) - 1
@@ -183,7 +184,7 @@ class Embeddings:
     def _checked(
         self, rows: NDArray[np.float32], numbers: NDArray[np.int64]
     ) -> NDArray[np.float32]:
-        """Refuse numbers that are not finite; divide by the length."""
+        """Refuse numbers that are not finite; divide by the length, which must not be 0."""
         finite = np.isfinite(rows).all(axis=1)
         if not finite.all():
             wrong = numbers[np.flatnonzero(~finite)[:1]]
@@ -192,8 +193,17 @@ class Embeddings:
                 " finite. Compute them again, with --dtype float32 if they are float16"
             )
         if self.normalized:
-            lengths = np.sqrt((rows * rows).sum(axis=1, keepdims=True))
-            rows /= np.maximum(lengths, np.finfo(np.float32).tiny)
+            largest = np.abs(rows).max(axis=1, keepdims=True)
+            if not largest.all():
+                wrong = numbers[np.flatnonzero(largest == 0)[:1]]
+                raise DataError(
+                    f"{self.path}: the features of {self.names(wrong)[0]} (row {wrong[0]}) are all"
+                    " zero, and have no direction to compare. Leave the image out, or name other"
+                    " features"
+                )
+            # By a power of two, which rounds nothing: squares could leave the range of float32.
+            np.ldexp(rows, -np.frexp(largest)[1], out=rows)
+            rows /= np.sqrt((rows * rows).sum(axis=1, keepdims=True))
         return rows
 
     def _record(self, shard: int) -> Json:

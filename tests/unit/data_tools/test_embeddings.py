@@ -88,6 +88,20 @@ def test_numbers_that_are_not_finite_are_refused_with_their_image(tmp_path: Path
         embeddings.rows(3, 9)
 
 
+def test_rows_of_any_size_have_length_one_and_zeros_are_refused_by_name(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(9, 5))
+    sizes = np.array([1e-40, 1e-24, 1e-12, 1, 1, 1, 1e12, 1e20, 1e37])[:, None]
+    scaled = (rows * sizes).astype(np.float32)
+    found = open_embeddings(write_features(tmp_path / "out", {"cls": scaled})).rows(0, 9)
+    exact = scaled / np.linalg.norm(scaled.astype(np.float64), axis=1, keepdims=True)
+    assert np.abs(found - exact).max() < 4 * np.finfo(np.float32).eps
+    scaled[6] = 0
+    zeros = write_features(tmp_path / "zeros", {"cls": scaled})
+    with pytest.raises(DataError, match=r"features of 00006\.jpg \(row 6\) are all zero"):
+        open_embeddings(zeros).rows(3, 9)
+    assert not open_embeddings(zeros, normalize=False).rows(6, 7).any()
+
+
 def _of(tmp_path: Path, spec: Path, names: list[str], classes: list[str] | None) -> Embeddings:
     rows = np.ones((len(names), 2), np.float32)
     out = tmp_path / "features"
