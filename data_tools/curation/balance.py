@@ -30,7 +30,7 @@ from data_tools.curation.page import (
     sizes_table,
     write_page,
 )
-from data_tools.curation.selection import require_list, write_selection
+from data_tools.curation.selection import require_lines, require_list, write_selection
 from data_tools.journal import Json
 from dinoscale.data.order.permutation import hash64
 from dinoscale.data.seeding import Stream, generator
@@ -97,6 +97,7 @@ def balance(
     hierarchy = open_clusters(clusters)
     points = hierarchy.embeddings(embeddings)
     require_list(out, points)
+    require_lines(points, images)
     require_page(out)
     if options.images > len(points) and not options.repeat:
         raise DataError(

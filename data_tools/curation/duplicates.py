@@ -29,7 +29,12 @@ from data_tools.curation.search import (
     packed,
     spans_of,
 )
-from data_tools.curation.selection import Places, record_of, require_list, write_selection
+from data_tools.curation.selection import (
+    record_of,
+    require_lines,
+    require_list,
+    write_selection,
+)
 from data_tools.journal import Json, require_writable, write_whole
 from dinoscale.errors import DataError
 from dinoscale.runtime import distributed
@@ -100,7 +105,7 @@ def _require_files(out: Path, sets: Sets) -> None:
         require_list(out, sets.whole, *sets.tests)
         require_page(out)
         require_writable(groups_of(out))
-        Places(sets.whole, sets.images)
+        require_lines(sets.whole, sets.images)
 
 
 class _Search:

@@ -44,7 +44,12 @@ from data_tools.curation.search import (
     packed,
     spans_of,
 )
-from data_tools.curation.selection import Places, record_of, require_list, write_selection
+from data_tools.curation.selection import (
+    record_of,
+    require_lines,
+    require_list,
+    write_selection,
+)
 from data_tools.journal import Json
 from dinoscale.data.order.permutation import hash64
 from dinoscale.data.seeding import Stream, generator
@@ -207,7 +212,7 @@ def _require_files(out: Output, whole: Embeddings, seeds: Embeddings) -> None:
     if not distributed.rank():
         require_list(out.path, whole, seeds)
         require_page(out.path)
-        Places(whole, out.images)
+        require_lines(whole, out.images)
 
 
 def _of_seeds(

@@ -104,6 +104,22 @@ def _require_images(embeddings: Embeddings, root: str) -> None:
             )
 
 
+def require_lines(embeddings: Embeddings, images: str | None) -> None:
+    """Find out before the work whether a list can hold each of the images; reads all names.
+
+    Args:
+        embeddings: of the images.
+        images: as `Places` takes it.
+
+    Raises:
+        DataError: it cannot.
+    """
+    places = Places(embeddings, images)
+    numbers = np.arange(len(embeddings), dtype=np.int64)
+    for _ in _lines(places, embeddings, numbers, None):
+        pass
+
+
 def require_list(path: Path, *read: Embeddings) -> None:
     """Find out before the work whether a selection can be written under a name.
 

@@ -226,6 +226,20 @@ def test_arrays_that_have_changed_since_they_were_written_are_refused(
         _run(tmp_path / "features", tmp_path / "kept.txt", against=(tmp_path / "test",))
 
 
+def test_a_name_that_no_list_can_hold_is_refused_before_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["a.jpg", "b\nc.jpg", "d.jpg"]
+    for name in names:
+        (tmp_path / name).touch()
+    folder = write_features(
+        tmp_path / "features", {"cls": _different(3)}, names=names, spec=str(tmp_path)
+    )
+    monkeypatch.setattr(search, "nearest", None)  # an error if it is called
+    with pytest.raises(DataError, match=r"b.nc\.jpg' has a line break in its name"):
+        _run(folder, tmp_path / "kept.txt")
+
+
 def test_faiss_finds_the_planted_copies_too(
     features: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
