@@ -112,11 +112,8 @@ def balance(
         "settings": asdict(options),
         "entropy": entropies(hierarchy, points, counts),
     }
-    record = write_selection(
-        out, points, chosen, counts=counts[chosen], about=summary, images=images
-    )
     _write_page(out, hierarchy, points, counts, options, images)
-    return record
+    return write_selection(out, points, chosen, counts=counts[chosen], about=summary, images=images)
 
 
 def _write_page(

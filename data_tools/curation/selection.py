@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from data_tools.curation.embeddings import Embeddings
 from data_tools.journal import Json, require_writable, write_whole
 from dinoscale.data.shards.remote import is_remote
 from dinoscale.errors import DataError
+from dinoscale.runtime.outputs import sha256
 from dinoscale.runtime.versions import package_version
 
 FORMAT = "dinoscale selection 1"
@@ -152,7 +154,7 @@ def write_selection(
     about: Mapping[str, object],
     images: str | None = None,
 ) -> Json:
-    """Write a list of chosen images, and beside it a JSON with all that it depends on.
+    """Write a list of chosen images, then beside it a JSON with its sum and all it depends on.
 
     Args:
         path: of the list, NAME.txt; the JSON is NAME.json.
@@ -176,6 +178,7 @@ def write_selection(
     record: Json = {
         "format": FORMAT,
         "list": path.name,
+        "sha256": sha256(path),
         "images": len(numbers),
         "lines": len(numbers) if counts is None else int(counts.sum()),
         "train_on": _use(path, of_shards=places.of_shards),
@@ -212,8 +215,9 @@ def _lines(
 
 
 def _use(path: Path, *, of_shards: bool) -> str:
-    """How a training gets at the selection."""
+    """How a training gets at the selection, to be pasted into a shell."""
+    listed = shlex.quote(str(path))
     if of_shards:
-        folder = path.with_suffix("")
-        return f"dinoscale data build-shards {path} {folder}, then data.train={folder}"
-    return f"data.train={path}"
+        folder = shlex.quote(str(path.with_suffix("")))
+        return f"dinoscale data build-shards {listed} {folder}, then data.train={folder}"
+    return f"data.train={listed}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shlex
 import tarfile
 from pathlib import Path
 
@@ -138,6 +140,9 @@ def test_a_selection_of_a_folder_is_a_list_for_training(tmp_path: Path) -> None:
     assert (record["images"], record["lines"], record["seed"]) == (3, 4, 3)
     assert record["embeddings"]["digest"] == embeddings.digest
     assert record["train_on"] == f"data.train={out}"
+    assert record["sha256"] == hashlib.sha256(out.read_bytes()).hexdigest()
+    record = write_selection(tmp_path / "a b.txt", embeddings, np.array([1]), about={})
+    assert shlex.split(record["train_on"]) == [f"data.train={tmp_path / 'a b.txt'}"]
 
 
 def test_a_list_names_images_of_the_folder_that_was_embedded_wherever_it_is_made(
