@@ -9,7 +9,6 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -81,13 +80,18 @@ def deduplicate_embeddings(
             nothing is left, or a file cannot be written.
         OutputError: something else has the name of a file.
     """
-    whole = open_embeddings(folder, features=features)
-    sets = Sets(whole, [open_embeddings(path, features=features) for path in against], images)
-    for test in sets.tests:
-        require_comparable(whole, test)
-    distributed.together(partial(_require_files, out, sets))
+
+    def opened() -> Sets:
+        whole = open_embeddings(folder, features=features)
+        sets = Sets(whole, [open_embeddings(path, features=features) for path in against], images)
+        for test in sets.tests:
+            require_comparable(whole, test)
+        _require_files(out, sets)
+        return sets
+
+    sets = distributed.together(opened)
     work = fingerprint(
-        input={"images": whole.digest, "tests": [test.digest for test in sets.tests]},
+        input={"images": sets.whole.digest, "tests": [test.digest for test in sets.tests]},
         command={**asdict(similar), **way.settings},
         code=code_fingerprint(__name__),
     )

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data_tools.curation.clusters import open_clusters
+from data_tools.curation.clusters import Level, open_clusters
 from data_tools.curation.embeddings import Embeddings, open_embeddings, verify
 from data_tools.curation.kmeans import assign
 from data_tools.curation.neighbours import require_comparable
@@ -176,10 +176,15 @@ def retrieve_neighbours(
             nothing is found, or a file cannot be written.
         OutputError: something else has the name of a file.
     """
-    whole = open_embeddings(folder, features=features)
-    of_seeds = open_embeddings(seeds, features=features)
-    require_comparable(whole, of_seeds)
-    distributed.together(partial(_require_files, out, whole, of_seeds))
+
+    def opened() -> tuple[Embeddings, Embeddings]:
+        whole = open_embeddings(folder, features=features)
+        of_seeds = open_embeddings(seeds, features=features)
+        require_comparable(whole, of_seeds)
+        _require_files(out, whole, of_seeds)
+        return whole, of_seeds
+
+    whole, of_seeds = distributed.together(opened)
     spans = spans_of(len(of_seeds), way.block)
     searched = Searched(whole, way)
 
@@ -305,12 +310,16 @@ def retrieve_clusters(
             cluster has seeds enough, or a file cannot be written.
         OutputError: something else has the name of a file.
     """
-    hierarchy = open_clusters(clusters)
-    whole = hierarchy.embeddings(folder)
-    of_seeds = open_embeddings(seeds, features=whole.features, normalize=whole.normalized)
-    require_comparable(whole, of_seeds)
-    distributed.together(partial(_require_files, out, whole, of_seeds))
-    level = distributed.together(lambda: hierarchy.level(1))
+
+    def opened() -> tuple[Embeddings, Embeddings, Level]:
+        hierarchy = open_clusters(clusters)
+        whole = hierarchy.embeddings(folder)
+        of_seeds = open_embeddings(seeds, features=whole.features, normalize=whole.normalized)
+        require_comparable(whole, of_seeds)
+        _require_files(out, whole, of_seeds)
+        return whole, of_seeds, hierarchy.level(1)
+
+    whole, of_seeds, level = distributed.together(opened)
     verify(of_seeds)
     shown = progress and not distributed.rank()
     with tqdm(total=len(of_seeds), unit="img", disable=None if shown else True) as bar:

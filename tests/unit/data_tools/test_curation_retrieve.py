@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from data_tools.curation.retrieve import (
 )
 from data_tools.curation.search import Way
 from dinoscale.errors import DataError, OutputError
+from dinoscale.runtime import distributed
 from tests.unit.data_tools.tiny_features import write_features
 from tests.unit.evaluate.tiny_files import save_picture
 
@@ -188,6 +190,34 @@ def test_the_list_that_named_images_or_seeds_is_not_overwritten(
     with pytest.raises(OutputError, match=r"list\.txt is the input: choose another name"):
         balance(tmp_path / "clusters", out, BalanceOptions(2))
     assert out.read_bytes() == read
+
+
+def test_folders_are_opened_where_the_error_of_a_rank_reaches_all(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together, caught = distributed.together, []
+
+    def recorded(work: Callable[[], Any]) -> Any:
+        try:
+            return together(work)
+        except DataError as error:
+            caught.append(str(error))
+            raise
+
+    monkeypatch.setattr(distributed, "together", recorded)
+    out, gone, way = Output(tmp_path / "near.txt"), tmp_path / "gone", Way(9, CPU)
+    by_cluster = ByCluster(min_seeds=4, per_cluster=10, images=None, seed=0)
+    calls: list[Callable[[], object]] = [
+        lambda: retrieve_neighbours(gone, gone, out, BySeed(1, -1.0, None), way=way),
+        lambda: retrieve_clusters(None, gone, place / "clusters", out, by_cluster, device=CPU),
+        lambda: deduplicate_embeddings(
+            gone, out.path, against=[], similar=Similar(0.9, 0.9, 3), way=way
+        ),
+    ]
+    for number, call in enumerate(calls, 1):
+        with pytest.raises(DataError, match=r"gone is no folder of features"):
+            call()
+        assert len(caught) == number
 
 
 def test_options_out_of_range_are_refused(place: Path, tmp_path: Path) -> None:
