@@ -29,6 +29,7 @@ from data_tools.curation.neighbours import Neighbours, nearest, rescored
 from data_tools.journal import Journal, Json
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.runtime import distributed
+from dinoscale.runtime.opening import on_all_ranks
 
 S = TypeVar("S", bound=np.generic)
 
@@ -171,7 +172,8 @@ def in_turns(
 ) -> list[Json]:
     """The result of every piece, in order, done now or before an interruption; all ranks call it.
 
-    In each turn every rank takes one of the pieces that are left.
+    In each turn every rank takes one of the pieces that are left. Pieces may take hours and differ
+    in length: a rank that is done waits for the others without a collective, which would time out.
 
     Args:
         find: number of a piece -> its result; the same on every rank.
@@ -194,7 +196,7 @@ def in_turns(
         for first in range(0, len(left), world):
             turn = left[first : first + world]
             mine = turn[rank] if rank < len(turn) else None
-            result = distributed.together(partial(_found, find, mine))
+            result = on_all_ranks(partial(_found, find, mine), lambda: None)
             results = distributed.gather_objects(result)
             for number, result in zip(turn, results, strict=False):
                 if journal is not None:
@@ -204,7 +206,7 @@ def in_turns(
     return [known[number] for number in range(len(sizes))] if journal is not None else []
 
 
-def _found(find: Callable[[int], Json], number: int | None) -> Json:
+def _found(find: Callable[[int], Json], number: int | None, _: object) -> Json:
     return {} if number is None else find(number)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 
 from data_tools.curation.duplicates import deduplicate_embeddings
 from data_tools.curation.groups import Similar
-from data_tools.curation.search import Way
+from data_tools.curation.search import Way, in_turns
 from dinoscale.errors import DataError
+from dinoscale.runtime import distributed
 from tests.harness import run_distributed
 from tests.unit.data_tools.tiny_features import write_features
 from tests.unit.evaluate.tiny_files import save_picture
@@ -21,10 +23,33 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
 
 def of_rank(good: str, bad: str, out: str) -> str:
     """Leave out the copies in two folders, of which the second cannot be read; say why."""
+    _without_a_piece()
     found(Path(good), Path(out))
     with pytest.raises(DataError) as error:
         found(Path(bad), Path(out).with_name("bad.txt"))
     return str(error.value)
+
+
+def _without_a_piece() -> None:
+    """A rank without a piece enters no collective, which could time out, while another works."""
+    entered_s: list[float] = []
+    end_s: list[float] = []
+    gather = distributed.gather_objects
+
+    def recorded(value: object) -> list[object]:
+        entered_s.append(time.monotonic())
+        return gather(value)
+
+    def find(_: int) -> dict[str, float]:
+        time.sleep(0.3)
+        end_s.append(time.monotonic())
+        return {}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "gather_objects", recorded)
+        in_turns(find, [1], None, progress=False)
+    last_s = max(end for ends in gather(end_s) for end in ends)  # all have one clock
+    assert min(entered_s) >= last_s
 
 
 def found(features: Path, out: Path) -> None:
