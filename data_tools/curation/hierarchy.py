@@ -118,9 +118,9 @@ def cluster(embeddings: Path, out: Path, options: ClusterOptions) -> Json:
     """Cluster embeddings into a hierarchy; the same call continues after an interruption.
 
     All ranks of a job call it; each reads and compares its share, and all get the summary. The
-    result is the same for any number of ranks and interruptions, on one kind of machine. Memory of
-    a rank: 16 K D + 24 K bytes for the largest K, 64 K D bytes (at least 128 KiB D) for k-means++,
-    48 bytes an image, and half a GB.
+    result is the same for any number of ranks, threads and interruptions, on one kind of machine.
+    Memory of a rank: 16 K D + 24 K bytes for the largest K, 128 K D bytes (at least 256 KiB D) for
+    k-means++, 48 bytes an image, and half a GB.
 
     Args:
         embeddings: folder of features, as `dinoscale embed` wrote it.
@@ -140,7 +140,7 @@ def cluster(embeddings: Path, out: Path, options: ClusterOptions) -> Json:
     points = distributed.together(partial(_opened, embeddings, options))
     job = _Job(options, ClusterFolder(out), find_device(None))
     try:
-        about = _on_first(job, lambda: job.folder.begin(_work(points, options)))
+        about = _on_first(job, lambda: job.folder.begin(_work(points, job)))
         if about is None:
             _on_first(job, partial(_verify_once, job.folder, points))
             with _enough_memory():
@@ -164,11 +164,11 @@ def _opened(path: Path, options: ClusterOptions) -> Embeddings:
     return points
 
 
-def _work(points: Embeddings, options: ClusterOptions) -> dict[str, object]:
-    """All that the clusters depend on."""
+def _work(points: Embeddings, job: _Job) -> dict[str, object]:
+    """All that the clusters depend on; devices of two kinds may round sums of squares apart."""
     return fingerprint(
         input={"embeddings": points.digest},
-        command=asdict(options),
+        command={**asdict(job.options), "device": job.device.type},
         code=code_fingerprint(__name__),
     )
 
@@ -234,7 +234,7 @@ def _levels(job: _Job, images: Embeddings) -> Json:
             },
             "seed": job.options.seed,
             "version": package_version("dinoscale"),
-            "work": _work(images, job.options),
+            "work": _work(images, job),
         }
         job.folder.finish(about)
         return about

@@ -2,8 +2,13 @@
 
 Points are read in tiles, of which each rank takes a run. A tile is always the same rows, and sums
 over points are whole numbers (values times a power of two, rounded), so neither the number of ranks
-nor the order of their sums changes a bit of a centroid. Memory: 16 K D bytes for centroids and
-sums, 24 K for counts, 64 MiB for the products of a tile, and some copies of its rows.
+nor the order of their sums changes a bit of a centroid. Nor does the number of threads, on which
+the sums inside a product depend: rows and centroids are moved by a common origin and rounded to 26
+bits of their length, so that float64 holds their products exactly, whatever the order (as
+`neighbours` does). The origin also keeps what differs between rows that share a large mean.
+
+Memory: 16 K D bytes for centroids and sums, 24 K for counts, 64 MiB for the products of a tile,
+32 KiB D for centroids in float64, and some copies of its rows.
 
 Shape letters: N points, K clusters, D width, n rows of a tile, S points of a sample.
 """
@@ -30,7 +35,8 @@ Start = Literal["kmeans++", "random"]
 
 TILE = 2048  # rows of one product
 MOST_POINTS = 2**32  # a number of a point has 32 bits, see `_Sums.farthest`
-_COLUMNS = 8192  # centroids of one product: with TILE rows 64 MiB of float32
+_COLUMNS = 4096  # centroids of one product: with TILE rows 64 MiB of float64
+_FIXED = 26  # bits of a coordinate; products of two vectors then have 52, float64 has 53
 _BITS = 62  # of a sum; int64 has 63
 _SAMPLE = 16, 2**15  # k-means++ looks at so many points a cluster, and at least so many
 
@@ -146,7 +152,7 @@ def first_centroids(
     `random` takes K different points. `kmeans++` (Arthur and Vassilvitskii 2007) draws one after
     another, each with a probability that grows with the squared distance to those before; of
     2 + log K draws it takes the one that leaves the smallest sum of squared distances. Among more
-    than 16 K points it looks at 16 K of them (at least 32768) drawn at random, 64 K D bytes.
+    than 16 K points it looks at 16 K of them (at least 32768) drawn at random, 128 K D bytes.
 
     Args:
         points: the points, K or more.
@@ -164,16 +170,28 @@ def first_centroids(
     drawn = Permutation(len(points), rng)(np.arange(number))
 
     def chosen() -> Tensor:
-        rows = torch.from_numpy(points.take(np.sort(drawn))).to(device)  # (S, D)
-        return rows if method == "random" else _plus_plus(rows, clusters, rng)
+        numbers = np.sort(drawn)
+        if method == "kmeans++":
+            numbers = numbers[_plus_plus(_sampled(points, numbers, device), clusters, rng)]
+        return torch.from_numpy(points.take(numbers)).to(device)
 
     centroids = distributed.together(chosen)
     distributed.broadcast(centroids)  # the ranks may have devices of two kinds
     return centroids
 
 
-def _plus_plus(rows: Tensor, clusters: int, rng: np.random.Generator) -> Tensor:
-    """Rows (K, D) of a sample (S, D)."""
+def _sampled(points: Points, numbers: NDArray[np.int64], device: torch.device) -> Tensor:
+    """Points of these numbers, rounded by `_exact`, (S, D) float64, near the first of them."""
+    found = torch.empty(len(numbers), points.width, dtype=torch.float64, device=device)
+    origin = torch.from_numpy(points.take(numbers[:1])).to(device).double()
+    for first in range(0, len(numbers), TILE):
+        rows = torch.from_numpy(points.take(numbers[first : first + TILE])).to(device)
+        found[first : first + TILE] = _exact(rows, origin)
+    return found
+
+
+def _plus_plus(rows: Tensor, clusters: int, rng: np.random.Generator) -> list[int]:
+    """Which K of a sample (S, D), rounded by `_exact`."""
     draws = torch.from_numpy(rng.random((clusters, 2 + int(math.log(clusters)))))
     squares = rows.square().sum(dim=1)
     whole = _whole_numbers(4 * float(squares.max()), len(rows))  # |x - y|^2 <= 4 max |x|^2
@@ -190,13 +208,13 @@ def _plus_plus(rows: Tensor, clusters: int, rng: np.random.Generator) -> Tensor:
             left = lefts[best]
             chosen.append(int(tried[best]))
             bar.update()
-    return rows[chosen]
+    return chosen
 
 
 def _squared_distances(rows: Tensor, squares: Tensor, chosen: list[int]) -> Tensor:
     """Of some rows to all, (C, S); a row's own is exactly 0."""
-    products = torch.addmm(squares, rows[chosen], rows.T, alpha=-2)
-    distances = (products + squares[chosen, None]).clamp_(min=0)
+    distances = (rows[chosen] @ rows.T).mul_(-2).add_(squares)
+    distances.add_(squares[chosen, None]).clamp_(min=0)
     distances[torch.arange(len(chosen)), chosen] = 0
     return distances
 
@@ -291,10 +309,10 @@ def _add_tiles(
     advance: Callable[[int], None],
 ) -> list[float]:
     """Add the tiles of this rank; return the sum of squared distances of each."""
-    squares = centroids.square().sum(dim=1)
+    origin = _origin(centroids)
     inertias = []
     for first, rows in _tiles(points, centroids.device, advance):
-        near, distances = _nearest(rows, centroids, squares)
+        near, distances = _nearest(rows, centroids, origin)
         sums.add(rows, first, near, distances, factor)
         inertias.append(float(distances.double().sum()))
     return inertias
@@ -316,12 +334,12 @@ def assign(
     Raises:
         DataError: as `points` raise it, on all ranks.
     """
-    squares = centroids.square().sum(dim=1)
+    origin = _origin(centroids)
 
     def of_rank() -> tuple[Tensor, Tensor]:
         near, distances = [torch.empty(0, dtype=torch.int32)], [torch.empty(0)]
         for _, rows in _tiles(points, centroids.device, advance):
-            some = _nearest(rows, centroids, squares)
+            some = _nearest(rows, centroids, origin)
             near.append(some[0].int().cpu())
             distances.append(some[1].cpu())
         return torch.cat(near), torch.cat(distances)
@@ -346,20 +364,39 @@ def _tiles(
         advance(stop - first)
 
 
-def _nearest(rows: Tensor, centroids: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+def _nearest(rows: Tensor, centroids: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest centroid of each row, (n,) int64, and the squared distance to it, (n,)."""
-    # |x - c|^2 = |x|^2 + |c|^2 - 2 x c, where |x|^2 does not change which is nearest.
-    least, near = _least(rows, centroids[:_COLUMNS], squares[:_COLUMNS])
+    exact = _exact(rows, origin)
+    least, near = _least(exact, _exact(centroids[:_COLUMNS], origin))
     for first in range(_COLUMNS, len(centroids), _COLUMNS):
-        some = slice(first, first + _COLUMNS)
-        value, index = _least(rows, centroids[some], squares[some])
+        value, index = _least(exact, _exact(centroids[first : first + _COLUMNS], origin))
         nearer = value < least
         least = torch.where(nearer, value, least)
         near = torch.where(nearer, index + first, near)
-    # From the difference, since the form above loses the digits of a small distance.
+    # From the difference, since the form of `_least` loses the digits of a small distance.
     return near, (rows - centroids[near]).square().sum(dim=1)
 
 
-def _least(rows: Tensor, centroids: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
-    found = torch.addmm(squares, rows, centroids.T, alpha=-2).min(dim=1)
+def _least(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance and number of the nearest centroid, (n,) each, of rows of `_exact`."""
+    # |x - c|^2 = |x|^2 + |c|^2 - 2 x c, where |x|^2 does not change which is nearest. Product and
+    # sum are two steps: one that rounds at places of its own choice would depend on threads.
+    distances = (rows @ centroids.T).mul_(-2).add_(centroids.square().sum(dim=1))
+    found = distances.min(dim=1)
     return found.values, found.indices
+
+
+def _origin(centroids: Tensor) -> Tensor:
+    """The middle of the smallest and the largest of each coordinate, (D,) float64."""
+    return (centroids.amin(dim=0).double() + centroids.amax(dim=0)) / 2
+
+
+def _exact(rows: Tensor, origin: Tensor) -> Tensor:
+    """Rows (n, D) from another origin, in float64, whose products are exact.
+
+    Coordinates are multiples of 2^-26 times the power of two above the length of their row.
+    """
+    moved = rows.double() - origin
+    lengths = moved.square().sum(dim=1, keepdim=True).sqrt_().clamp_(min=2.0**-126)
+    unit = lengths / torch.frexp(lengths).mantissa * 2.0**-_FIXED
+    return moved.div_(unit).round_().mul_(unit)
