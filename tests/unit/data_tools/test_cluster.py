@@ -13,6 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from sklearn.cluster import KMeans
+from sklearn.metrics import pairwise_distances_argmin
 
 from data_tools.curation import hierarchy
 from data_tools.curation.clusters import open_clusters
@@ -110,6 +111,15 @@ def test_neither_threads_nor_the_order_of_sums_change_a_bit() -> None:
         assert torch.equal(distances[0], distances[other])
     exact = torch.cdist(rows[[5, 7]].double(), rows.double())
     torch.testing.assert_close(distances[0].sqrt(), exact, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("offset", [0, 1000, 100_000])
+def test_rows_that_share_a_large_mean_keep_their_clusters(offset: int) -> None:
+    rows = np.random.default_rng(0).normal(size=(TILE, 64)).astype(np.float32) + np.float32(offset)
+    labels, _ = assign(Held(rows), torch.from_numpy(rows[:64]), _nothing)
+    double = rows.astype(np.float64)
+    theirs = pairwise_distances_argmin(double - offset, double[:64] - offset)
+    np.testing.assert_array_equal(labels, theirs)
 
 
 def test_kmeans_plus_plus_finds_far_blobs_that_random_points_miss() -> None:
