@@ -165,8 +165,7 @@ def _written(sets: Sets, found: Found, similar: Similar, way: Way, out: Path) ->
         DataError: nothing is left, or a file cannot be written.
     """
     whole, groups = sets.whole, groups_in(found)
-    rows = [row for group in groups for row in group]
-    grouped = decide(found, groups, whole.pixels(np.array(rows, dtype=np.int64)))
+    grouped = decide(found, groups, whole.pixels(groups.rows))
     if not len(grouped.kept):
         raise DataError(
             f"--against-threshold {similar.against:g}: every image is similar to a test image or"
@@ -203,9 +202,9 @@ def _numbers(sets: Sets, found: Found, grouped: Grouped) -> Json:
     of_tests = zip(sets.tests, found.tests, strict=True)
     return {
         "images": len(sets.whole),
-        "groups": len(grouped.copies),
-        "largest_group": max((1 + len(others) for _, others in grouped.copies), default=1),
-        "copies": sum(len(others) for _, others in grouped.copies),
+        "groups": len(grouped.keepers),
+        "largest_group": 1 + int(np.diff(grouped.starts).max(initial=0)),
+        "copies": len(grouped.copies),
         "similar_to_tests": {str(test.path): len(pairs) for test, (pairs, _) in of_tests},
         "similar_to_a_test": len(grouped.near),
         "in_a_group_with_these": len(grouped.beside),
@@ -216,12 +215,11 @@ def _numbers(sets: Sets, found: Found, grouped: Grouped) -> Json:
 
 def _lines(sets: Sets, found: Found, grouped: Grouped) -> Iterator[bytes]:
     """Groups of copies, then what is similar to test images, a JSON object each."""
-    rows = [row for keep, others in grouped.copies for row in (keep, *others)]
-    names = iter(sets.whole.names(np.array(rows, dtype=np.int64)))
-    for _, others in grouped.copies:
-        keep = next(names)
+    keepers, names = sets.whole.names(grouped.keepers), iter(sets.whole.names(grouped.copies))
+    for group, keep in enumerate(keepers):
         copies = [
-            {"path": next(names), "cosine": round(float(found.closest[row]), 6)} for row in others
+            {"path": next(names), "cosine": round(float(found.closest[row]), 6)}
+            for row in grouped.copies_of(group)
         ]
         yield _line({"keep": keep, "duplicates": copies})
     for test, (pairs, cosines) in zip(sets.tests, found.tests, strict=True):
@@ -229,7 +227,7 @@ def _lines(sets: Sets, found: Found, grouped: Grouped) -> Iterator[bytes]:
         for name, other, cosine in zip(ours, theirs, cosines.tolist(), strict=True):
             nearest = {"test": other, "of": str(test.path), "cosine": round(cosine, 6)}
             yield _line({"path": name, **nearest})
-    for name in sets.whole.names(np.array(grouped.beside, dtype=np.int64)):
+    for name in sets.whole.names(grouped.beside):
         yield _line({"path": name, "because": WITH_NEAR})
 
 

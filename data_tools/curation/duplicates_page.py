@@ -97,7 +97,7 @@ def _thresholds(found: Found) -> Table:
 def _section_of_weakest(whole: Embeddings, found: Found) -> Section:
     """Pairs that only just reach the threshold."""
     strips, seen = [], set()
-    for pair in np.argsort(found.cosines, kind="stable").tolist():
+    for pair in np.argsort(found.cosines, kind="stable"):
         one, other = sorted(found.pairs[pair].tolist())
         if (one, other) not in seen:
             seen.add((one, other))
@@ -110,9 +110,10 @@ def _section_of_weakest(whole: Embeddings, found: Found) -> Section:
 
 
 def _section_of_largest(whole: Embeddings, grouped: Grouped, found: Found) -> Section:
-    largest = sorted(grouped.copies, key=lambda group: (-len(group[1]), group[0]))[:_SHOWN]
+    largest = np.lexsort((grouped.keepers, -np.diff(grouped.starts)))[:_SHOWN]
     strips = []
-    for keep, others in largest:
+    for group in largest.tolist():
+        keep, others = int(grouped.keepers[group]), grouped.copies_of(group)
         some = others[: _OF_A_GROUP - 1]
         copies = [Example(whole, row, f"left out, {found.closest[row]:.3f}") for row in some]
         strips.append(Strip(f"{1 + len(others):,} images", [Example(whole, keep, _KEPT), *copies]))

@@ -9,7 +9,7 @@ Shape letters: N rows, n rows of one request, D width of a row.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -106,9 +106,7 @@ class Embeddings:
             DataError: as `rows`.
         """
         found = np.empty((len(numbers), self.width), dtype=np.float32)
-        shard_of = np.searchsorted(self._starts, numbers, side="right") - 1
-        for number in np.unique(shard_of).tolist():
-            here = np.flatnonzero(shard_of == number)
+        for number, here in self._by_shard(numbers):
             inside = numbers[here] - self._starts[number]
             column = 0
             for name, width in zip(self.features, self._widths, strict=True):
@@ -122,19 +120,16 @@ class Embeddings:
         A shard's line of the manifest is read once for all its rows among them.
         """
         found = [""] * len(numbers)
-        shard_of = np.searchsorted(self._starts, numbers, side="right") - 1
-        for number in np.unique(shard_of).tolist():
+        for number, here in self._by_shard(numbers):
             images = self._record(number)["images"]
-            for place in np.flatnonzero(shard_of == number).tolist():
+            for place in here.tolist():
                 found[place] = images[int(numbers[place] - self._starts[number])]
         return found
 
     def pixels(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """Height times width of the images of these rows, (n,)."""
         found = np.empty(len(numbers), dtype=np.int64)
-        shard_of = np.searchsorted(self._starts, numbers, side="right") - 1
-        for number in np.unique(shard_of).tolist():
-            here = np.flatnonzero(shard_of == number)
+        for number, here in self._by_shard(numbers):
             sizes = np.array(self._record(number)["sizes"], dtype=np.int64)
             found[here] = sizes[numbers[here] - self._starts[number]].prod(axis=1)
         return found
@@ -142,10 +137,13 @@ class Embeddings:
     @cached_property
     def labels(self) -> NDArray[np.int64] | None:
         """Class numbers (N,), -1 where unknown; None for a set without classes."""
-        records = [self._record(number) for number in range(len(self._shards))]
-        if not all("labels" in record for record in records):
-            return None
-        return np.concatenate([np.array(record["labels"], np.int64) for record in records])
+        found = np.empty(len(self), dtype=np.int64)
+        for number, first in enumerate(self._starts[:-1].tolist()):
+            record = self._record(number)  # one at a time: its names are longer than its labels
+            if "labels" not in record:
+                return None
+            found[first : int(self._starts[number + 1])] = record["labels"]
+        return found
 
     @property
     def class_names(self) -> list[str] | None:
@@ -171,6 +169,14 @@ class Embeddings:
                     f"{path} is damaged: its SHA-256 is not that of {MANIFEST}. Remove the folder"
                     " and compute the features again"
                 )
+
+    def _by_shard(self, numbers: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """Each shard that has some of these rows, with the places of these among the numbers."""
+        shard_of = np.searchsorted(self._starts, numbers, side="right") - 1
+        order = np.argsort(shard_of, kind="stable")
+        for here in np.split(order, np.flatnonzero(np.diff(shard_of[order])) + 1):
+            if len(here):  # there is one empty part of no numbers
+                yield int(shard_of[here[0]]), here
 
     def _array(self, shard: int, feature: str) -> NDArray[Any]:
         """A memory-mapped array; unmapped with its last view, so that memory stays that of rows."""

@@ -4,7 +4,8 @@ Source: Oquab et al. 2023 (arXiv:2304.07193), section 3 and appendix A: images a
 of their k nearest neighbours that are similar enough. Of each connected component one image is
 kept, and none if one of its images is similar to an image of a test set.
 
-Shape letters: N images, P pairs, T images similar to a test image, k neighbours.
+Shape letters: N images, P pairs, T images similar to a test image, k neighbours, G groups, M images
+in these, C copies.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.curation.embeddings import Embeddings
-from data_tools.near_duplicates import Groups
 from dinoscale.errors import DataError
 
 LADDER = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.97, 0.98, 0.99, 0.999)  # cosines of a table
+
+_PAIRS = 2**20  # joined at a time, or N where that is more
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,49 +93,100 @@ class Found:
 
 
 @dataclass(frozen=True, eq=False)
+class Groups:
+    """Connected components of two images and more, by their first image.
+
+    Attributes:
+        rows: images of the groups, one group after the other, each ascending, (M,).
+        starts: where each group begins in these, and M, (G + 1,).
+    """
+
+    rows: NDArray[np.int64]
+    starts: NDArray[np.int64]
+
+    @property
+    def of_rows(self) -> NDArray[np.int64]:
+        """Group of each of the rows, (M,)."""
+        return np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
+
+
+@dataclass(frozen=True, eq=False)
 class Grouped:
     """What becomes of every image.
 
     Attributes:
-        copies: kept images with their copies.
-        near: images similar to a test image.
-        beside: images left out since one of their group is similar to a test image.
+        keepers: kept images that have copies, (G,).
+        copies: the copies, those of one after those of the other, (C,).
+        starts: where the copies of each kept image begin, and C, (G + 1,).
+        near: images similar to a test image, ascending.
+        beside: images left out since one of their group is similar to a test image, ascending.
         kept: rows of the images that stay, ascending.
     """
 
-    copies: list[tuple[int, list[int]]]
-    near: list[int]
-    beside: list[int]
+    keepers: NDArray[np.int64]
+    copies: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    near: NDArray[np.int64]
+    beside: NDArray[np.int64]
     kept: NDArray[np.int64]
 
-
-def groups_in(found: Found) -> list[list[int]]:
-    """The connected components of two images and more, each ascending, by their first."""
-    groups = Groups(found.images)
-    for one, other in found.pairs.tolist():
-        groups.join(one, other)
-    return groups.of_several()
+    def copies_of(self, group: int) -> list[int]:
+        """The copies of a kept image, by its place."""
+        rows: list[int] = self.copies[self.starts[group] : self.starts[group + 1]].tolist()
+        return rows
 
 
-def decide(found: Found, groups: list[list[int]], pixels: NDArray[np.int64]) -> Grouped:
+def groups_in(found: Found) -> Groups:
+    """The groups that pairs join, in blocks of pairs: 20 N bytes and 40 a pair of a block."""
+    first = np.arange(found.images)  # the lowest image that each is joined with so far
+    block = max(_PAIRS, found.images)  # a block goes through all images
+    for start in range(0, len(found.pairs), block):
+        _join(first, found.pairs[start : start + block])
+    rows = np.flatnonzero(np.bincount(first)[first] > 1)
+    rows = rows[np.argsort(first[rows], kind="stable")]
+    starts = np.flatnonzero(np.diff(first[rows], prepend=-1))
+    return Groups(rows, np.append(starts, len(rows)))
+
+
+def _join(first: NDArray[np.int64], pairs: NDArray[np.int64]) -> None:
+    """Join pairs (P, 2) in place: two rounds halve the groups that are still to join, or better."""
+    while True:
+        ends = first[pairs]
+        ends = ends[ends[:, 0] != ends[:, 1]]
+        if not len(ends):
+            return
+        np.minimum.at(first, ends.max(axis=1), ends.min(axis=1))
+        while not np.array_equal(first, first[first]):  # until each knows its lowest
+            first[:] = first[first]
+
+
+def decide(found: Found, groups: Groups, pixels: NDArray[np.int64]) -> Grouped:
     """Say what is kept: of a group the largest picture, of equally large ones the first.
 
     Args:
         found: all pairs.
         groups: of `groups_in`.
-        pixels: of the images of the groups, one group after the other.
+        pixels: of the images of the groups, (M,).
     """
-    near = {row for pairs, _ in found.tests for row in pairs[:, 0].tolist()}
-    copies: list[tuple[int, list[int]]] = []
-    beside: list[int] = []
-    first = 0
-    for group in groups:
-        largest = group[int(pixels[first : first + len(group)].argmax())]  # the first of equals
-        first += len(group)
-        if near.isdisjoint(group):
-            copies.append((largest, [row for row in group if row != largest]))
-        else:
-            beside += [row for row in group if row not in near]
-    is_kept = np.ones(found.images, dtype=np.bool_)
-    is_kept[[*near, *beside, *(row for _, others in copies for row in others)]] = False
-    return Grouped(copies, sorted(near), sorted(beside), np.flatnonzero(is_kept))
+    of_rows = groups.of_rows
+    is_near = np.zeros(found.images, dtype=np.bool_)
+    for pairs, _ in found.tests:
+        is_near[pairs[:, 0]] = True
+    is_bad = np.zeros(len(groups.starts) - 1, dtype=np.bool_)  # groups
+    is_bad[of_rows[is_near[groups.rows]]] = True
+    is_copy = ~is_bad[of_rows]
+    largest = np.lexsort((-pixels, of_rows))[groups.starts[:-1]]  # stable: the first of equals
+    is_copy[largest] = False
+    beside = groups.rows[is_bad[of_rows] & ~is_near[groups.rows]]
+    is_kept = ~is_near
+    is_kept[beside] = False
+    is_kept[groups.rows[is_copy]] = False
+    sizes = np.diff(groups.starts)[~is_bad] - 1
+    return Grouped(
+        groups.rows[largest[~is_bad]],
+        groups.rows[is_copy],
+        np.append(0, np.cumsum(sizes)),
+        np.flatnonzero(is_near),
+        np.sort(beside),
+        np.flatnonzero(is_kept),
+    )

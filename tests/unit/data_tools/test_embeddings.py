@@ -6,7 +6,9 @@ import hashlib
 import json
 import shlex
 import tarfile
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -198,3 +200,39 @@ def test_images_that_have_moved_are_named_by_their_new_folder(tmp_path: Path) ->
     out, moved = tmp_path / "a.txt", str(tmp_path / "new")
     write_selection(out, embeddings, np.array([0]), about={}, images=moved)
     assert out.read_text() == f"{tmp_path}/new/0.jpg\n"
+
+
+def test_labels_are_read_a_shard_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All records at once hold some 190 bytes an image; a set without labels is told by one."""
+    rows, names = np.ones((1000, 1), np.float32), [f"n0144/n0144_{i:08d}.JPEG" for i in range(1000)]
+    labelled, plain = tmp_path / "labelled", tmp_path / "plain"
+    write_features(labelled, {"cls": rows}, names=names, labels=[*range(1000)], shard_size=50)
+    write_features(plain, {"cls": rows[:10]}, shard_size=5)
+    known, unknown = open_embeddings(labelled), open_embeddings(plain)
+    tracemalloc.start()
+    labels = known.labels
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert labels is not None
+    assert labels.tolist() == [*range(1000)]
+    assert peak < 60 * len(labels)
+    read: list[int] = []
+    record = Embeddings._record
+
+    def recorded(embeddings: Embeddings, shard: int) -> dict[str, Any]:
+        read.append(shard)
+        return record(embeddings, shard)
+
+    monkeypatch.setattr(Embeddings, "_record", recorded)
+    assert unknown.labels is None
+    assert read == [0]
+
+
+def test_rows_asked_in_any_order_are_found_shard_by_shard(folder: Path) -> None:
+    embeddings = open_embeddings(folder)
+    numbers = np.random.default_rng(0).integers(0, len(embeddings), size=50)
+    assert embeddings.names(numbers) == [embeddings.names(numbers[[i]])[0] for i in range(50)]
+    assert embeddings.names(numbers[:0]) == []
+    np.testing.assert_array_equal(
+        embeddings.take(numbers), embeddings.rows(0, len(embeddings))[numbers]
+    )
