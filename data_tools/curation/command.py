@@ -379,7 +379,8 @@ def _add_search(command: argparse.ArgumentParser) -> None:
         "--approximate",
         action="store_true",
         help="search with inverted lists of faiss (pip install 'dinoscale[curation]') instead of"
-        " comparing all pairs; holds 4 D bytes of every image, and misses some neighbours",
+        " comparing all pairs; holds 4 D bytes of every image, and misses some neighbours, not the"
+        " same ones with other ranks or threads. Test sets (--against) are compared whole",
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -117,7 +117,9 @@ class _Search:
 
     def __init__(self, sets: Sets, similar: Similar, way: Way) -> None:
         self._whole, self._similar = sets.whole, similar
-        self._searched = [Searched(base, way) for base in (sets.whole, *sets.tests)]
+        exact = replace(way, approximate=False)  # an image of a test set must not be missed
+        tests = [Searched(test, exact) for test in sets.tests]
+        self._searched = [Searched(sets.whole, way), *tests]
         self._spans = spans_of(len(sets.whole), way.block)
         self.sizes = [len(span) for span in self._spans] * len(self._searched)
 

@@ -2,7 +2,8 @@
 
 Where all pairs take too long, candidates come from the inverted lists of faiss: rows are sorted
 into lists by the nearest of some centroids, and a query looks into those of the centroids nearest
-to it. What is found gets its exact cosine; what is not found is missing.
+to it. What is found gets its exact cosine; what is not found is missing. The lists are trained by
+each rank in sums whose order follows its threads, so that other ranks or threads may miss others.
 
 Shape letters: N rows that are searched, Q queries, D width, k neighbours.
 """
@@ -60,8 +61,13 @@ class Way:
 
     @property
     def settings(self) -> Json:
-        """What pieces of finished work depend on besides the embeddings."""
-        return {"block": self.block, "approximate": self.approximate}
+        """What pieces of finished work depend on besides the embeddings.
+
+        Raises:
+            ConfigError: faiss is asked for and not there.
+        """
+        faiss = require_faiss().__version__ if self.approximate else None
+        return {"block": self.block, "approximate": self.approximate, "faiss": faiss}
 
 
 class Searched:

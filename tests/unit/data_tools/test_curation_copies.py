@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -246,6 +247,31 @@ def test_faiss_finds_the_planted_copies_too(
     pytest.importorskip("faiss")
     _run(features, tmp_path / "kept.txt", way=_way(approximate=True))
     assert _numbers(tmp_path / "kept.txt") == _numbers(whole[0])
+
+
+class _Empty:
+    """Lists in which nothing is found."""
+
+    def __init__(self, _: object) -> None: ...
+
+    def candidates(self, queries: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+        return np.full((len(queries), k), -1)
+
+
+def test_test_sets_are_searched_whole_where_the_set_is_not(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what faiss has found is kept for the same version only."""
+    monkeypatch.setattr(search, "InvertedLists", _Empty)
+    monkeypatch.setattr(search, "require_faiss", lambda: SimpleNamespace(__version__="1.0"))
+    test = write_features(tmp_path / "test", {"cls": _planted()[:2]})
+    summary = _run(features, tmp_path / "kept.txt", against=(test,), way=_way(approximate=True))
+    assert summary["copies"] == 0
+    assert summary["similar_to_a_test"] >= 2
+    before = _way(approximate=True).settings
+    monkeypatch.setattr(search, "require_faiss", lambda: SimpleNamespace(__version__="2.0"))
+    assert _way(approximate=True).settings != before
+    assert _way().settings["faiss"] is None
 
 
 def test_the_commands_embed_deduplicate_and_retrieve(
