@@ -9,6 +9,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dinoscale.data.decoding.decode import BadSampleError
 from dinoscale.data.shards.tar_source import TarSource
 from dinoscale.data.sources.folder import FolderSource, ListSource
@@ -95,6 +98,24 @@ def equal_pictures(
         if equal is not None:
             found[i] = equal
     return found
+
+
+def first_of_equals(source: Source) -> NDArray[np.int64]:
+    """For each picture of a set the index of the first one with the same bytes, (N,).
+
+    Only pictures whose size another one has are read; those of synthetic sets are all different.
+    """
+    first = np.arange(len(source))
+    if not isinstance(source, Stored):
+        return first
+    of_size: dict[int, list[int]] = defaultdict(list)
+    for number in range(len(source)):
+        of_size[_size(source, number)].append(number)
+    for numbers in of_size.values():
+        if len(numbers) > 1:
+            for equal in _by_digest(source, numbers).values():
+                first[equal] = equal[0]
+    return first
 
 
 def _by_digest(source: Stored, numbers: Sequence[int]) -> dict[bytes, list[int]]:

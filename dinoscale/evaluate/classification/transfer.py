@@ -23,13 +23,18 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from dinoscale.data.sources.source import Source
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.across_ranks import each_on_a_rank
 from dinoscale.evaluate.classification.accuracy import num_correct
 from dinoscale.evaluate.classification.knn import QUOTED_K, TEMP, knn_accuracy
-from dinoscale.evaluate.classification.labelled_sets import Features, LabelledSets
-from dinoscale.evaluate.classification.logistic import CS, MAX_ITER, fit_and_score, held_out
+from dinoscale.evaluate.classification.labelled_sets import Features, LabelledSets, labels_of
+from dinoscale.evaluate.classification.logistic import (
+    CS,
+    HELD_OUT,
+    MAX_ITER,
+    fit_and_score,
+    held_out,
+)
 from dinoscale.evaluate.features import check_labels
 from dinoscale.evaluate.frozen_backbone import (
     DEFAULT_EXTRACTION,
@@ -37,9 +42,10 @@ from dinoscale.evaluate.frozen_backbone import (
     FeatureExtractor,
     load_extractor,
 )
+from dinoscale.evaluate.overlap import first_of_equals
 from dinoscale.evaluate.progress import bar_options
 from dinoscale.runtime import distributed
-from dinoscale.runtime.opening import open_once_per_node
+from dinoscale.runtime.opening import on_first_rank, open_once_per_node
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +103,7 @@ class _Set(NamedTuple):
     """Features of one set, and how they were split."""
 
     features: Features
+    same: Numbers  # (N,), the same number for equal pictures of the bank
     about: dict[str, object]  # ready for JSON
 
 
@@ -162,7 +169,8 @@ def _protocol(extractor: FeatureExtractor, plan: Plan) -> dict[str, object]:
         "temp": TEMP,
         "chosen": f"C on a held-out part of the images to learn from, of one a class {ALONE_C:g}",
         "subsets": "nested: of a seed and a class, the first ones of one permutation",
-        "unsplit": f"of a set without train and test, {TESTED:.0%} of each class are tested on",
+        "unsplit": f"of a set without train and test, {TESTED:.0%} of each class are tested on;"
+        " pictures with the same bytes stay on one side, also where C is chosen",
         "mean_over": "subsets, then sets",
         "resize": card.resize,
         "crop": card.crop,
@@ -178,10 +186,10 @@ def _features(extractor: FeatureExtractor, spec: str) -> _Set:
     if parts is not None:
         sets = LabelledSets.open(*parts, extractor.open)
         features = sets.features(extractor.features)
-        split = os.path.basename(parts[1])
+        same, split = np.arange(len(features.bank)), os.path.basename(parts[1])
+        copies = None
     else:
-        source = open_once_per_node(partial(extractor.open, spec))
-        features = _split(source, *extractor.features(source), spec=spec)
+        features, same, copies = _unsplit(extractor, spec)
         split = f"{TESTED:.0%} of each class"
     counts = features.bank_labels.bincount()
     about: dict[str, object] = {
@@ -190,8 +198,9 @@ def _features(extractor: FeatureExtractor, spec: str) -> _Set:
         "classes": int((counts > 0).sum()),
         "fewest_of_a_class": int(counts[counts > 0].min()),
         "test": split,
+        "equal_pictures": copies,
     }
-    return _Set(features, about)
+    return _Set(features, same, about)
 
 
 def split_of(spec: str) -> tuple[str, str] | None:
@@ -214,18 +223,44 @@ def split_of(spec: str) -> tuple[str, str] | None:
     return train, os.path.join(folder, found[0])
 
 
-def _split(source: Source, features: Tensor, labels: Tensor, *, spec: str) -> Features:
-    """Hold a fifth of each class out to test on, at least one image of a class of two or more."""
+def _unsplit(extractor: FeatureExtractor, spec: str) -> tuple[Features, Numbers, int]:
+    """Features of both parts of a set without parts, which of the bank are equal, and how many."""
+    source = open_once_per_node(partial(extractor.open, spec))
     check_labels(source, name=spec)
-    counts = labels.bincount()
+    first = distributed.broadcast_object(on_first_rank(lambda _: first_of_equals(source)))
+    assert first is not None
+    features, numbers = extractor.unlabelled(source)
+    same = first[numbers.cpu().numpy()]
+    copies = len(same) - len(np.unique(same))
+    if copies:
+        log.warning("%s: %d pictures equal an earlier one; they stay on one side", spec, copies)
+    labels = labels_of(source, numbers, name=spec)
+    tested = _tested(labels.cpu().numpy(), same, spec=spec)
+    at = torch.from_numpy(tested).to(labels.device)
+    return Features(features[~at], labels[~at], features[at], labels[at]), same[~tested], copies
+
+
+def _tested(labels: Numbers, same: Numbers, *, spec: str) -> Chosen:
+    """Hold a fifth of each class out to test on, at least one picture of a class of two or more."""
+    counts = _different(labels, same)
     if (counts > 0).sum() < 2 or counts.max() < 2:
         raise DataError(
-            f"{spec}: need readable images of two classes at least, and two of one of them, to "
-            "test on one."
+            f"{spec}: need readable images of two classes at least, and two different ones of one"
+            " of them, to test on one."
         )
-    tested = held_out(labels.cpu().numpy(), seed=0, share=TESTED)
-    at = torch.from_numpy(tested).to(labels.device)
-    return Features(features[~at], labels[~at], features[at], labels[at])
+    return _held_out(labels, same, seed=0, share=TESTED)
+
+
+def _different(labels: Numbers, same: Numbers) -> Numbers:
+    """Number of different pictures of each class."""
+    _, first = np.unique(same, return_index=True)
+    return np.bincount(labels[first])
+
+
+def _held_out(labels: Numbers, same: Numbers, *, seed: int, share: float = HELD_OUT) -> Chosen:
+    """As `held_out`, of different pictures; equal ones (`same`, (N,)) go with the first of them."""
+    _, first, group = np.unique(same, return_index=True, return_inverse=True)
+    return held_out(labels[first], seed=seed, share=share)[group]
 
 
 def few_of_each(labels: Numbers, *, shots: int, seed: int) -> Chosen:
@@ -265,7 +300,7 @@ def _measure(sets: Mapping[str, _Set], plan: Plan, *, progress: bool) -> dict[st
 
         def fit(job: tuple[str, str, int | None, int]) -> float:
             spec, _, shots, seed = job
-            top1 = _logistic(sets[spec].features, shots, plan=plan, seed=seed)
+            top1 = _logistic(sets[spec], shots, plan=plan, seed=seed)
             bar.update()
             return top1
 
@@ -326,20 +361,22 @@ def _knn(features: Features, shots: int | None, *, k: int, seed: int) -> float:
     return knn_accuracy(bank, labels, features.test, features.test_labels, ks=(k,))[k].top1
 
 
-def _logistic(features: Features, shots: int | None, *, plan: Plan, seed: int) -> float:
+def _logistic(of: _Set, shots: int | None, *, plan: Plan, seed: int) -> float:
     """Top-1 of a logistic regression in percent."""
+    features = of.features
     at = _chosen(features.bank_labels, shots, seed)
     train, labels = _rows(features.bank[at]), features.bank_labels[at].cpu().numpy()
-    c = _choose_c(train, labels, plan=plan, seed=seed)
+    c = _choose_c(train, labels, of.same[at.cpu().numpy()], plan=plan, seed=seed)
     scores, _ = fit_and_score(train, labels, _rows(features.test), c=c, max_iter=plan.max_iter)
     return _top1(scores, features.test_labels.cpu().numpy())
 
 
-def _choose_c(train: Rows, labels: Numbers, *, plan: Plan, seed: int) -> float:
+def _choose_c(train: Rows, labels: Numbers, same: Numbers, *, plan: Plan, seed: int) -> float:
     """The C of the highest accuracy on a held-out part, the smallest of equals."""
-    if np.bincount(labels).max() == 1:
+    counts = _different(labels, same)
+    if counts.max() == 1 or (counts > 0).sum() < 2:
         return ALONE_C
-    held = held_out(labels, seed=seed)
+    held = _held_out(labels, same, seed=seed)
 
     def accuracy(c: float) -> float:
         kept = train[~held], labels[~held]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dinoscale import cli
 from dinoscale.errors import ConfigError, DataError
@@ -15,11 +16,13 @@ from dinoscale.evaluate.classification.knn import evaluate_knn
 from dinoscale.evaluate.classification.logistic import evaluate_logistic
 from dinoscale.evaluate.classification.transfer import (
     Plan,
+    _held_out,
+    _unsplit,
     evaluate_transfer,
     few_of_each,
     split_of,
 )
-from dinoscale.evaluate.frozen_backbone import ExtractionOptions
+from dinoscale.evaluate.frozen_backbone import ExtractionOptions, load_extractor
 from tests.unit.evaluate.conftest import Colors
 
 OPTIONS = ExtractionOptions(num_workers=0, cache=False, progress=False)
@@ -50,6 +53,26 @@ def test_a_set_is_split_by_its_folders(tmp_path: Path) -> None:
     (tmp_path / "test").mkdir()
     with pytest.raises(DataError, match="both test and val"):
         split_of(str(tmp_path))
+
+
+def test_equal_pictures_stay_on_one_side(colors: Colors) -> None:
+    """Three copies of each picture: a fifth of the different ones is tested on, with all copies."""
+    root = Path(colors.folder("copies", {"red": 5, "blue": 5}))
+    for path in [*root.rglob("*.png")]:
+        for copy in "ab":
+            path.with_name(f"{path.stem}{copy}.png").write_bytes(path.read_bytes())
+    report: Any = evaluate_transfer(
+        colors.weights, [str(root)], plan=Plan(shots=(1,), seeds=1, cs=CS), options=OPTIONS
+    )
+    about = report["data"][str(root)]
+    assert (about["equal_pictures"], about["test_images"], about["train_images"]) == (20, 6, 24)
+    features, same, _ = _unsplit(load_extractor(colors.weights, OPTIONS), str(root))
+    assert np.unique(same, return_counts=True)[1].tolist() == [3] * 8
+    assert torch.cdist(features.bank, features.test).min() > 1e-3  # copies differ by rounding
+    same = np.array([4, 1, 4, 9, 1, 9])
+    held = _held_out(np.array([0, 0, 0, 1, 0, 1]), same, seed=0)
+    assert held.any()
+    assert all(len({*held[same == one]}) == 1 for one in same)
 
 
 def test_scores_are_those_of_knn_and_logistic_and_their_means(
