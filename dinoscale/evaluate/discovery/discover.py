@@ -25,6 +25,7 @@ from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.across_ranks import each_on_a_rank
 from dinoscale.evaluate.any_size import (
     SIZE,
+    Fit,
     NamedFolders,
     WholeImages,
     load_whole_images_on_ranks,
@@ -36,7 +37,15 @@ from dinoscale.evaluate.dense.mask_pictures import save_mask
 from dinoscale.evaluate.dense.segment import jaccard_of_objects
 from dinoscale.evaluate.discovery.boxes import iou_of_boxes
 from dinoscale.evaluate.discovery.figure import Row, draw_rows
-from dinoscale.evaluate.discovery.regions import EXPANSION, TAU, Box, Region, lost, token_cut
+from dinoscale.evaluate.discovery.regions import (
+    EXPANSION,
+    TAU,
+    Box,
+    Region,
+    check_patches,
+    lost,
+    token_cut,
+)
 from dinoscale.evaluate.discovery.truth import Annotations, TrueObjects, Truth
 from dinoscale.evaluate.frozen_backbone import DEFAULT_LOADING, LoadOptions
 from dinoscale.evaluate.patch_features import (
@@ -66,6 +75,16 @@ _PROTOCOL = {
     "scored_at": "the image's own size; patches enlarged by nearest neighbour",
     "floor": "a centered box of half the width and height, on every image",
 }
+
+
+class _CutFit(Fit):
+    """How images become as many whole patches as TokenCut can cut."""
+
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        """As of `Fit`; there is a lower limit."""
+        rows, columns = super().grid(width, height)
+        check_patches(rows, columns)
+        return rows, columns
 
 
 @dataclass(frozen=True)
@@ -104,6 +123,10 @@ class Settings:
             raise ConfigError(f"tau: need a cosine from -1 to 1, got {self.tau}")
         if self.expansion is not None and self.expansion < 1:
             raise ConfigError(f"expansion: need at least one patch, got {self.expansion}")
+
+    def fit(self, fit: Fit) -> Fit:
+        """How images become whole patches; it refuses images that the method cannot take."""
+        return _CutFit(**vars(fit)) if self.method == "tokencut" else fit
 
     def find(self, loaded: WholeImages, image: Image.Image) -> Region:
         """The object of a picture of whole patches."""
@@ -180,7 +203,7 @@ def evaluate_discover(
     settings.check()
     loaded = load_whole_images_on_ranks(weights_path, options, size=size, square=square)
     source = loaded.open(spec)
-    truth = distributed.together(lambda: annotations.find(source, spec, loaded.fit))
+    truth = distributed.together(lambda: annotations.find(source, spec, settings.fit(loaded.fit)))
     finder = _Finder(loaded, source, settings)
     results, damaged = _measure(finder, truth, untrained=untrained, progress=options.progress)
     report = loaded.report(

@@ -71,11 +71,7 @@ def token_cut(features: Tensor, *, tau: float = TAU) -> Region:
         DataError: there are too many patches.
     """
     rows, columns = features.shape[:2]
-    if rows * columns > MAX_PATCHES:
-        raise DataError(
-            f"{columns} x {rows} patches are more than the {MAX_PATCHES} of which a graph is cut."
-            " Choose a smaller size, or the method lost."
-        )
+    check_patches(rows, columns)
     flat = F.normalize(features.flatten(0, 1).float(), dim=1)
     joined = (flat @ flat.T >= tau).cpu().numpy()
     joined |= joined.T  # cosines next to tau may be rounded to either side of it
@@ -85,6 +81,19 @@ def token_cut(features: Tensor, *, tau: float = TAU) -> Region:
     seed = int(abs(cut).argmax())
     cut = cut * np.sign(cut[seed])
     return _region((cut > cut.mean()).reshape(rows, columns), cut.reshape(rows, columns), seed)
+
+
+def check_patches(rows: int, columns: int) -> None:
+    """Refuse more patches than `token_cut` takes.
+
+    Raises:
+        DataError: there are more.
+    """
+    if rows * columns > MAX_PATCHES:
+        raise DataError(
+            f"{columns} x {rows} patches are more than the {MAX_PATCHES} of which a graph is cut."
+            " Choose a smaller size, or the method lost."
+        )
 
 
 def normalised_cut(edges: Array) -> Array:

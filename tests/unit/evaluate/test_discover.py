@@ -159,6 +159,26 @@ def test_an_object_of_the_whole_picture_scores_the_area_of_the_true_one(
     assert report["images"] == 2
 
 
+def test_images_of_more_patches_than_can_be_cut_are_left_out_at_the_start(
+    folders: tuple[Path, Path], weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, masks = map(str, folders)
+    monkeypatch.setattr(regions, "MAX_PATCHES", 4)  # of patches of 8 pixels: a has 3 x 2
+    report = _measured(weights, images, masks=masks, settings=WHOLE)
+    assert report["images"] == 1
+    (reason,) = report["left_out"]["unreadable"]
+    assert reason.endswith(
+        "a.jpg: 3 x 2 patches are more than the 4 of which a graph is cut."
+        " Choose a smaller size, or the method lost."
+    )
+    assert _measured(weights, images, masks=masks, settings=Settings("lost"))["images"] == 2
+    monkeypatch.setattr(regions, "MAX_PATCHES", 3)  # b has 2 x 2
+    with pytest.raises(DataError, match=r"none of 2 images .* more than the 3 .* the method lost"):
+        _measured(weights, images, masks=masks)
+    with pytest.raises(DataError, match="3 x 2 patches are more than the 3"):
+        token_cut(torch.ones(2, 3, 4))
+
+
 def _as_xml(boxes: list[list[int]]) -> str:
     """VOC counts pixels from 1, and names the last one."""
     names = ("xmin", "ymin", "xmax", "ymax")
@@ -296,16 +316,6 @@ def test_wrong_annotations_and_masks_are_refused(
 def test_settings_out_of_range_are_refused(weights: Path, settings: Settings, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         _measured(weights, "nowhere", settings=settings)
-
-
-def test_too_large_graphs_are_refused(
-    folders: tuple[Path, Path], weights: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(regions, "MAX_PATCHES", 5)
-    images, masks = map(str, folders)
-    with pytest.raises(DataError, match=r"3 x 2 patches are more than the 5 .* the method lost"):
-        _measured(weights, images, masks=masks)
-    _measured(weights, images, masks=masks, settings=Settings("lost"))
 
 
 def test_a_damaged_image_is_left_out(folders: tuple[Path, Path], weights: Path) -> None:
