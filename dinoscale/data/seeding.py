@@ -17,6 +17,7 @@ class Stream(IntEnum):
     MASKS = 7
     SIZES = 8
     CURATION = 9
+    DROPOUT = 10
 
 
 def generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:

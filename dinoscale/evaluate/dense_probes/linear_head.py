@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dinoscale.data.seeding import Stream, generator
 from dinoscale.engine.schedules import cosine
 from dinoscale.errors import ConfigError, NonFiniteError
 from dinoscale.evaluate.classification.resumable_training import TrainingState
@@ -40,6 +41,7 @@ class Recipe:
         weight_decay: of all weights.
         warmup: share of the iterations before `lr` is reached.
         clip: largest norm of the gradient; 0 does not clip.
+        dropout: share of the channels of an image that the linear layer does not see.
     """
 
     iterations: int
@@ -48,6 +50,7 @@ class Recipe:
     weight_decay: float
     warmup: float
     clip: float = 0.0
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if min(self.iterations, self.batch_size) < 1:
@@ -56,6 +59,8 @@ class Recipe:
         if not (0 < self.lr < math.inf and 0 <= self.weight_decay < math.inf):
             rates = f"{self.lr} and {self.weight_decay}"
             raise ConfigError(f"need lr > 0 and weight_decay >= 0, got {rates}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"need 0 <= dropout < 1, got {self.dropout}")
 
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
@@ -71,6 +76,16 @@ class Recipe:
     def of(cls, protocol: Mapping[str, Any]) -> Recipe:
         """That of which `protocol` has said all; KeyError or TypeError if it has not."""
         return cls(**{field.name: protocol[field.name] for field in fields(cls)})
+
+    def kept(self, images: int, channels: int, *, seed: int, step: int) -> Tensor | None:
+        """Factors of the channels of a step (N, D, 1, 1), 0 or 1 / (1 - dropout); None drops none.
+
+        They are a function of seed and step.
+        """
+        if not self.dropout:
+            return None
+        drawn = generator(seed, Stream.DROPOUT, step).random((images, channels, 1, 1))
+        return torch.from_numpy(drawn >= self.dropout).float() / (1 - self.dropout)
 
     def protocol(self) -> dict[str, object]:
         """All that changes a number, ready for JSON."""
@@ -95,9 +110,11 @@ class LinearHead(nn.Module):
             self.linear.weight.copy_(INIT_STD * drawn)
             self.linear.bias.zero_()  # type: ignore[union-attr]  # it has one
 
-    def forward(self, features: Tensor) -> Tensor:
-        """As of the class."""
-        return self.linear(self.norm(features))  # type: ignore[no-any-return]  # nn.Module calls
+    def forward(self, features: Tensor, kept: Tensor | None = None) -> Tensor:
+        """As of the class; `kept` of `Recipe.kept` multiplies what the convolution sees."""
+        normed = self.norm(features)
+        seen = normed if kept is None else normed * kept
+        return self.linear(seen)  # type: ignore[no-any-return]  # nn.Module calls
 
 
 # Takes the outputs of the head (N, K, R, S) and the targets (N, H, W), returns a scalar.
@@ -115,7 +132,7 @@ class HeadTraining:
         recipe: of the optimizer.
         loss: what is minimised.
         reading: how images are read.
-        seed: of weights, order and crops, >= 0.
+        seed: of weights, order, crops and dropout, >= 0.
     """
 
     pairs: Pairs
@@ -147,7 +164,7 @@ class HeadTraining:
         for step, crops in enumerate(self._batches(first), start=first):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate(step)
-            loss = self._loss(head, maps, crops)
+            loss = self._loss(head, maps, crops, step)
             optimizer.zero_grad()
             loss.backward()
             if recipe.clip:
@@ -175,11 +192,14 @@ class HeadTraining:
         bar = bar_options(shown=self.reading.progress)
         return iter(tqdm(batches, initial=first, total=recipe.iterations, unit="step", **bar))
 
-    def _loss(self, head: LinearHead, maps: Maps, crops: PairCrops) -> Tensor:
+    def _loss(self, head: LinearHead, maps: Maps, crops: PairCrops, step: int) -> Tensor:
         device = self.reading.device
         images = self.reading.normalized(crops.images)
         images = images * crops.inside.to(device)[:, None]  # outside of an image: the mean color
-        return self.loss(head(maps(images)), crops.targets.to(device))
+        features = maps(images)
+        kept = self.recipe.kept(*features.shape[:2], seed=self.seed, step=step)
+        outputs = head(features, None if kept is None else kept.to(features))
+        return self.loss(outputs, crops.targets.to(device))
 
 
 def _require_finite(head: LinearHead, loss: Tensor, done: int) -> None:

@@ -70,7 +70,8 @@ class DepthProtocol:
             **self.recipe.protocol(),
             "head": f"batch norm, 1 x 1 convolution; mean of bins with weights relu + {LEAST}",
             "loss": f"SigLoss, sqrt(mean(g^2) - {SHARE} mean(g)^2)",
-            "train_images": "random crop, mirrored half of the time",
+            "train_images": "random crop, mirrored half of the time; the published training also"
+            " changes the brightness (0.9 to 1.1) and rotates (by up to 2.5 degrees)",
             "test_images": "whole; depth enlarged bilinearly to that of the depth picture",
             "test_time_augmentation": "mean with the mirrored image; `single` is without",
             "means": "of each image, then over images; zeros and other depths are holes",

@@ -27,7 +27,15 @@ from dinoscale.evaluate.segmentation.patch_bank import Bank, fill_bank, votes
 from dinoscale.evaluate.segmentation.patch_logistic import fit_bank
 
 SIZE = 512  # pixels, short side of an image
-RECIPE = Recipe(iterations=40_000, batch_size=16, lr=1e-3, weight_decay=1e-3, warmup=1500 / 40_000)
+RECIPE = Recipe(
+    iterations=40_000,
+    batch_size=16,
+    lr=1e-3,
+    weight_decay=1e-3,
+    warmup=1500 / 40_000,
+    clip=35.0,
+    dropout=0.1,
+)
 _SEEN = {
     "edges": "images are resized to whole patches, so that the map covers all of them",
     "patch_class": "of most of its pixels, void left out",
@@ -184,7 +192,7 @@ class Linear:
             "stride": self.stride,
             "ratio": list(self.ratio),
             **self.recipe.protocol(),
-            "head": "batch norm, 1 x 1 convolution",
+            "head": "batch norm, dropout of channels in training, 1 x 1 convolution",
             "loss": "cross-entropy of the logits enlarged to pixels, void left out",
             "train_images": "random scale, random crop, mirrored half of the time",
             "test_images": "windows averaged where they overlap",

@@ -264,6 +264,36 @@ LINEAR = Linear(
 )
 
 
+def test_dropout_is_of_channels_and_a_function_of_seed_and_step() -> None:
+    published = Linear().protocol()
+    assert (published["dropout"], published["clip"]) == (0.1, 35.0)
+    recipe = replace(LINEAR.recipe, dropout=0.25)
+    assert LINEAR.recipe.kept(2, 3, seed=0, step=0) is None
+    kept = recipe.kept(50, 40, seed=1, step=7)
+    assert kept is not None
+    assert kept.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert float((kept == 0).float().mean()) == pytest.approx(0.25, abs=5 * (3 / 16 / 2000) ** 0.5)
+    same, *others = (
+        recipe.kept(50, 40, seed=seed, step=step) for seed, step in ((1, 7), (1, 8), (2, 7))
+    )
+    assert same is not None
+    assert torch.equal(same, kept)
+    assert not any(other is None or torch.equal(other, kept) for other in others)
+    head, features = LinearHead(40, 2, seed=0).eval(), torch.randn(50, 40, 3, 2)
+    assert torch.equal(head(features, kept), head.linear(head.norm(features) * kept))
+    with pytest.raises(ConfigError, match="need 0 <= dropout < 1, got 1"):
+        replace(LINEAR.recipe, dropout=1.0)
+
+
+def test_a_head_is_trained_with_dropout(sets: Layout, weights: Path) -> None:
+    def score(dropout: float) -> object:
+        recipe = replace(LINEAR.recipe, iterations=2, dropout=dropout)
+        protocol = replace(LINEAR, recipe=recipe)
+        return evaluate_segmentation(weights, sets, protocol=protocol, options=OPTIONS)["score"]
+
+    assert score(0.5) == score(0.5) != score(0.0)
+
+
 @pytest.mark.parametrize(
     "protocol",
     [Knn(**SMALL, k=3), Logistic(**SMALL, cs=(1.0, 100.0), max_iter=50), LINEAR],
