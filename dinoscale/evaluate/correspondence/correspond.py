@@ -107,6 +107,8 @@ class Given:
             raise ConfigError("correspond: --split and --length-of are of --pairs, not of --warp")
         if not self.warp and self.seed is not None:
             raise ConfigError("correspond: --seed is of --warp")
+        if self.seed is not None and self.seed < 0:
+            raise ConfigError(f"correspond: --seed: need 0 or more, got {self.seed}")
 
     def open(self, loaded: WholeImages) -> Pairs:
         """Open the pairs.

@@ -272,6 +272,7 @@ def _wrong_options(pictures: Path) -> Iterator[tuple[Given, str]]:
     yield Given(warp=True), "give --pairs PAIRS, or"
     yield Given(warp=True, images=images, split="val"), "--split and --length-of are of --pairs"
     yield Given(pairs=file, images=images, seed=3), "--seed is of --warp"
+    yield Given(warp=True, images=images, seed=-1), "--seed: need 0 or more, got -1"
     yield Given(pairs=file), "name the folder of the pictures"
     yield Given(pairs=file, images=images, split="val"), "is not SPair-71k"
     yield Given(pairs=file, images=images, limit=0), "at least one pair, got 0"
