@@ -175,7 +175,8 @@ def _choose(
         scores, _ = fit_and_score(*kept, c=c, max_iter=settings.max_iter)
         tried.append({"c": c} | _accuracy(scores, labels[held], inputs))
         log({"held_out": tried[-1]})
-    return max(tried, key=lambda entry: entry["top1"]), tried  # the strongest penalty of equals
+    best = max(tried, key=lambda entry: (entry["top1"], -entry["c"]))  # the strongest of equals
+    return best, tried
 
 
 def _keep(

@@ -62,7 +62,9 @@ def fit_bank(bank: Bank, *, num_classes: int, cs: Sequence[float], max_iter: int
             tried = _fit(kept, num_classes=num_classes, c=c, max_iter=max_iter)
             right = tried.probabilities(bank.features[held]).argmax(dim=1) == bank.classes[held]
             accuracies[f"{c:g}"] = 100 * float(right.float().mean())
-        best = max(cs, key=lambda c: accuracies[f"{c:g}"])  # the strongest penalty of equals
+        best = max(
+            sorted(cs), key=lambda c: accuracies[f"{c:g}"]
+        )  # the strongest penalty of equals
     chosen = _fit(bank, num_classes=num_classes, c=best, max_iter=max_iter)
     return Fitted(chosen, best, accuracies)
 

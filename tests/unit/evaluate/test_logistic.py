@@ -68,6 +68,12 @@ def test_the_whole_measurement_equals_scikit_learn_called_directly(colors: Color
     assert report["score"]["top1"] < 100  # else everything would agree
 
 
+def test_of_equal_accuracies_the_strongest_penalty_is_chosen(colors: Colors) -> None:
+    report = _run(colors, colors.train, colors.test, cs=(100.0, 10.0))
+    assert [entry["top1"] for entry in report["held_out"]] == [100.0, 100.0]
+    assert report["chosen"]["c"] == 10.0
+
+
 def test_scores_are_those_of_scikit_learn_by_class_number() -> None:
     rng = np.random.default_rng(0)
     features, labels = rng.normal(size=(60, 5)), np.repeat([1, 4, 6], 20)

@@ -166,6 +166,16 @@ def test_logistic_regression_is_scikit_learns(present: tuple[int, ...]) -> None:
     np.testing.assert_allclose(found.classifier.probabilities(features), expected, atol=1e-3)
 
 
+def test_of_equal_accuracies_the_strongest_penalty_is_chosen() -> None:
+    classes = torch.arange(40) % 2
+    features = F.one_hot(classes, 3).float()  # any penalty tells them apart
+    found = fit_bank(
+        Bank(features, classes, torch.arange(40) // 4), num_classes=2, cs=(10.0, 0.1), max_iter=9
+    )
+    assert found.held_out == {"10": 100.0, "0.1": 100.0}
+    assert found.c == 0.1
+
+
 def test_windows_cover_an_image() -> None:
     assert window_starts(512, window=512, stride=341) == [0]
     assert window_starts(683, window=512, stride=341) == [0, 171]
