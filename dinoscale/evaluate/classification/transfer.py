@@ -129,7 +129,8 @@ def evaluate_transfer(
 
     Returns:
         Ready for JSON, in percent: `score` has the means over the sets, `sets` for every set the
-        `mean`, `spread` (standard deviation) and `top1` of the subsets, by classifier and shots.
+        `mean`, `spread` (standard deviation) and `top1` of the subsets, and the `images` of one, by
+        classifier and shots.
 
     Raises:
         CheckpointError: the weights file cannot be used.
@@ -281,11 +282,12 @@ def few_of_each(labels: Numbers, *, shots: int, seed: int) -> Chosen:
 
 @dataclass(frozen=True)
 class _Summary:
-    """Of the subsets of one size, in percent; a single one has no spread."""
+    """Of the subsets of one size, in percent; a single one, or equal ones, have no spread."""
 
     mean: float
     spread: float | None  # standard deviation
     top1: list[float]
+    images: int  # of a subset; fewer than shots of each class where a class has fewer
 
 
 Found = dict[str, dict[str, _Summary]]  # classifier -> shots
@@ -314,13 +316,20 @@ def _measure(sets: Mapping[str, _Set], plan: Plan, *, progress: bool) -> dict[st
             for (of, name, *_), top1 in zip(jobs, results, strict=True):
                 if of == spec:
                     by_shots.setdefault(name, []).append(top1)
-            found[spec][classifier] = {name: _summary(of) for name, of in by_shots.items()}
+            bank = sets[spec].features.bank_labels
+            found[spec][classifier] = {
+                name: _summary(of, name, bank) for name, of in by_shots.items()
+            }
     return found
 
 
-def _summary(top1: list[float]) -> _Summary:
-    spread = float(np.std(top1, ddof=1)) if len(top1) > 1 else None
-    return _Summary(float(np.mean(top1)), spread, top1)
+def _summary(top1: list[float], shots: str, labels: Tensor) -> _Summary:
+    """Of the subsets of some shots of a bank with these labels (N,)."""
+    number = None if shots == ALL else int(shots)
+    images = int(labels.bincount().clamp(max=number).sum()) if number else len(labels)
+    differ = len(top1) > 1 and images < len(labels)
+    spread = float(np.std(top1, ddof=1)) if differ else None
+    return _Summary(float(np.mean(top1)), spread, top1, images)
 
 
 def _means(found: Mapping[str, Found]) -> dict[str, float]:

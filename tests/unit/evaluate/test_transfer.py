@@ -15,8 +15,11 @@ from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.classification.knn import evaluate_knn
 from dinoscale.evaluate.classification.logistic import evaluate_logistic
 from dinoscale.evaluate.classification.transfer import (
+    ALL,
     Plan,
     _held_out,
+    _Summary,
+    _summary,
     _unsplit,
     evaluate_transfer,
     few_of_each,
@@ -75,6 +78,15 @@ def test_equal_pictures_stay_on_one_side(colors: Colors) -> None:
     assert all(len({*held[same == one]}) == 1 for one in same)
 
 
+def test_subsets_that_hold_all_images_have_no_spread() -> None:
+    labels = torch.tensor([0, 0, 0, 2])
+    few = _summary([40.0, 60.0], "2", labels)
+    assert (few.mean, few.images) == (50.0, 3)
+    assert few.spread == pytest.approx(200**0.5)
+    assert _summary([50.0, 50.0], "3", labels) == _Summary(50.0, None, [50.0, 50.0], 4)
+    assert _summary([50.0], ALL, labels) == _Summary(50.0, None, [50.0], 4)
+
+
 def test_scores_are_those_of_knn_and_logistic_and_their_means(
     colors: Colors, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,6 +103,7 @@ def test_scores_are_those_of_knn_and_logistic_and_their_means(
     split, whole = (report["sets"][name] for name in sets)
     assert split["knn"]["all"] == {
         "mean": knn["score"]["top1_k5"], "spread": None, "top1": [knn["score"]["top1_k5"]],
+        "images": report["data"][sets[0]]["train_images"],
     }  # fmt: skip
     assert split["logistic"]["all"]["mean"] == logistic["score"]["top1"]
     few = whole["logistic"]["1"]
