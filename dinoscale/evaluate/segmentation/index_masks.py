@@ -19,6 +19,7 @@ from dinoscale.evaluate.dense_probes.target_files import TargetFiles
 VOID = 255  # pixels that neither train nor score, as in PASCAL VOC, ADE20k and Cityscapes
 MEMBER = "mask.png"  # beside KEY.jpg in a shard
 BRIGHT = 127  # of a gray mask of one object: brighter pixels belong to it
+BRIGHT_16 = 2**15 - 1  # the same of 16 bits
 NOT_A_CLASS = -1  # of patches all of whose pixels are void
 
 Classes = NDArray[np.uint8]  # class numbers from 0, or VOID
@@ -29,8 +30,8 @@ class MaskRule:
     """What the numbers in a mask mean.
 
     Attributes:
-        binary: the mask shows one object, class 1: where a gray mask is brighter than 127, any
-            other not 0.
+        binary: the mask shows one object, class 1: where a gray mask is brighter than half of its
+            range, one with a palette or of 1 bit not 0; 255 of a palette is void.
         ignore_zero: 0 is void and classes begin at 1, as in ADE20k; they become 0, 1, ...
         renumber: class of each number 0..255 instead, as for Cityscapes; empty for none.
         num_classes: K; None if it is not known yet.
@@ -54,7 +55,7 @@ class MaskRule:
         """
         numbers = _numbers(mask, path)
         if self.binary:
-            numbers = numbers > (BRIGHT if mask.mode in ("L", "RGB") else 0)
+            numbers = _object(numbers, mask.mode)
         highest = int(numbers.max())
         if highest > VOID or int(numbers.min()) < 0:
             raise DataError(
@@ -97,6 +98,15 @@ def _numbers(mask: Image.Image, path: str) -> NDArray[Any]:
         f"{path}: its mask has the mode {mask.mode}, and no class numbers. Save it with a palette,"
         " or gray, with a class number in each pixel."
     )
+
+
+def _object(numbers: NDArray[Any], mode: str) -> Classes:
+    """Class 1 where a mask shows its object, 0 elsewhere, VOID where a palette says so; (H, W)."""
+    if mode == "P":
+        return np.where(numbers == VOID, VOID, numbers > 0).astype(np.uint8)
+    wide = mode.startswith("I")  # I;16, or I of 32 bits, as which PIL opens some of 16
+    bright = BRIGHT_16 if wide else 0 if mode == "1" else BRIGHT
+    return (numbers > bright).astype(np.uint8)
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,11 @@ def _open(probe: Probe, layout: Layout) -> tuple[Pairs, Pairs, int]:
     if len(present) < 2:
         raise DataError(
             f"{layout.train.images}: its masks hold {len(present)} class, need at least two."
-            + (" If 255 is an object, not void, add --binary." if train.total[VOID] else "")
+            + (
+                " If 255 is an object, not void, add --binary; masks must be gray."
+                if train.total[VOID]
+                else ""
+            )
         )
     number = layout.rule.num_classes or int(present[-1]) + 1
     test = open_test(probe, layout.test, replace(layout.rule, num_classes=number))

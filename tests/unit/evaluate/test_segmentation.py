@@ -360,7 +360,11 @@ def test_numbers_of_masks() -> None:
     assert MaskRule(ignore_zero=True).classes(_mask([[0, 1, 255]]), "a").tolist() == [[255, 0, 255]]
     binary = MaskRule(binary=True)
     assert binary.classes(_mask([[0, 127, 128, 255]]), "a").tolist() == [[0, 0, 1, 1]]
-    assert binary.classes(_mask([[0, 3]], np.uint16), "a").tolist() == [[0, 1]]
+    gray = _mask([[0, 3, 2**15 - 1, 2**15, 2**16 - 1]], np.uint16)
+    assert binary.classes(gray, "a").tolist() == [[0, 0, 0, 1, 1]]
+    numbered = _mask([[0, 3, 254, 255]])
+    numbered.putpalette(list(range(256)) * 3)
+    assert binary.classes(numbered, "a").tolist() == [[0, 1, 1, VOID]]
     assert binary.classes(Image.new("1", (2, 1), 1), "a").tolist() == [[1, 1]]
     with pytest.raises(DataError, match=r"a: its mask holds the number 300"):
         rule.classes(_mask([[300]], np.uint16), "a")
