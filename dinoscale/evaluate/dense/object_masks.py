@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,10 @@ from dinoscale.data.decoding.decode import read_as_stored
 from dinoscale.data.shards.tar_source import TarSource
 from dinoscale.data.sources.image_files import read_image_file
 from dinoscale.data.sources.source import Source
-from dinoscale.errors import DataError
+from dinoscale.errors import DataError, UnavailableError
 from dinoscale.evaluate.any_size import Fit
 from dinoscale.evaluate.beside_images import images_root, require_not_image
+from dinoscale.runtime.retry import path_exists, with_retries
 
 log = logging.getLogger(__name__)
 
@@ -81,10 +83,10 @@ def _of_folder(source: Source, spec: str, folder: Path) -> MaskOf:
 
     def mask(index: int) -> Image.Image | None:
         for suffix in _SUFFIXES:
-            file = folder / Path(name(index)).with_suffix(suffix)
-            if file.exists():
-                require_not_image(str(file), source.path(index))
-                return read_as_stored(read_image_file(str(file)), str(file))
+            file = str(folder / Path(name(index)).with_suffix(suffix))
+            if with_retries(partial(path_exists, file), file):
+                require_not_image(file, source.path(index))
+                return read_as_stored(read_image_file(file), file)
         return None
 
     return mask
@@ -180,6 +182,7 @@ def usable_images(
     Raises:
         DataError: a mask has another size than its image or no objects can be told from it, or no
             image can be scored.
+        UnavailableError: a file cannot be read, which says nothing about its content.
     """
     indices, left_out = [], LeftOut()
     for index in range(len(source)):
@@ -188,6 +191,8 @@ def usable_images(
             picture = source.picture(index)
             fit.grid(picture.width, picture.height)
             mask = mask_of(index)
+        except UnavailableError:  # it says nothing about the mask
+            raise
         except DataError as error:
             reason = str(error) if path in str(error) else f"{path}: {error}"
             left_out.unreadable.append(reason)

@@ -24,7 +24,7 @@ from dinoscale.data.loader import Failure, failure, map_in_workers
 from dinoscale.data.order.sampler import Draws
 from dinoscale.data.seeding import Stream, generator
 from dinoscale.errors import ConfigError, DataError
-from dinoscale.evaluate.dense_probes.pairs import Pairs, Target, naming
+from dinoscale.evaluate.dense_probes.pairs import Pairs, Target, naming, read_target
 
 log = logging.getLogger(__name__)
 
@@ -171,8 +171,7 @@ class _Cropper(Dataset[_Batch | Failure]):
                     raise
                 bad.append(str(error))
                 continue
-            target = self._targets.read(self._source, index)
-            assert target is not None  # `open_pairs` found it
+            target = read_target(self._targets, self._source, index)
             rng = generator(self._seed, Stream.CROPS, repeat, index)
             with naming(self._source.path(index)):
                 crops.append(cut_pair(pixels, target, self._rule, rng, fill=self._fill))

@@ -233,6 +233,21 @@ def _require_same_shape(path: str, width: int, height: int, target: Target) -> N
         )
 
 
+def read_target(targets: Targets, source: Source, index: int) -> Target:
+    """The target of an image that had one when the set was opened.
+
+    Raises:
+        DataError: it has vanished, or cannot be used.
+    """
+    target = targets.read(source, index)
+    if target is None:
+        raise DataError(
+            f"{source.path(index)}: its {targets.name} has vanished since the start. Restore it,"
+            " and start again."
+        )
+    return target
+
+
 class Whole(NamedTuple):
     """Images of one size, uint8 (N, C, H, W), and the target of each at its own size."""
 
@@ -313,8 +328,7 @@ class _Reads(Dataset[_Read | Failure]):
             return failure(error)
 
     def _read(self, index: int) -> _Read:
-        target = self._targets.read(self._source, index)
-        assert target is not None  # `open_pairs` found it
+        target = read_target(self._targets, self._source, index)
         try:
             pixels = self._source.picture(index).pixels()
         except BadSampleError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -18,6 +19,7 @@ from dinoscale.data.sources.source import Source
 from dinoscale.errors import DataError
 from dinoscale.evaluate.beside_images import images_root, require_not_image
 from dinoscale.evaluate.frozen_backbone import LoadedBackbone
+from dinoscale.runtime.retry import path_exists, with_retries
 
 _SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".webp")  # without loss
 
@@ -123,12 +125,14 @@ class TargetFiles:
 
         Raises:
             DataError: it is the image itself.
+            UnavailableError: the file system failed for a minute.
         """
         image = source.path(index)
-        found = next((str(path) for path in self._candidates(image) if path.exists()), None)
-        if found is not None:
-            require_not_image(found, image)
-        return found
+        for path in map(str, self._candidates(image)):
+            if with_retries(partial(path_exists, path), path):
+                require_not_image(path, image)
+                return path
+        return None
 
     def _candidates(self, image: str) -> Iterator[Path]:
         inside = image.rpartition("::")[2] if "::" in image else os.path.relpath(image, self.root)

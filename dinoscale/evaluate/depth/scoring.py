@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from dinoscale.errors import DataError
 from dinoscale.evaluate.dense_probes.linear_head import LinearHead
 from dinoscale.evaluate.dense_probes.pair_crops import ResizeShort
-from dinoscale.evaluate.dense_probes.pairs import Pairs, open_pairs, whole_images
+from dinoscale.evaluate.dense_probes.pairs import Pairs, open_pairs, read_target, whole_images
 from dinoscale.evaluate.dense_probes.patch_maps import Maps
 from dinoscale.evaluate.dense_probes.probe import Probe
 from dinoscale.evaluate.dense_probes.sliding import to_pixels
@@ -144,8 +144,7 @@ class Scoring:
         """The errors of one depth everywhere, in metres."""
         errors = DepthErrors()
         for index in self.test.indices.tolist():
-            truth = self.test.targets.read(self.test.source, index)
-            assert truth is not None  # `open_pairs` found it
+            truth = read_target(self.test.targets, self.test.source, index)
             self._add_pixels(errors, np.full_like(truth, mean), truth)
         return errors
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,19 +24,27 @@ from torch.nn import functional as F
 
 from dinoscale import cli
 from dinoscale.convert.weights_file import BackboneCard, BackboneShape, save_backbone
+from dinoscale.data.sources.source import Source, open_source
 from dinoscale.errors import ConfigError, DataError, DinoscaleError
 from dinoscale.evaluate.classification.resumable_training import State, TrainingState
 from dinoscale.evaluate.dense.mask_pictures import PANEL
+from dinoscale.evaluate.dense.object_masks import find_masks
 from dinoscale.evaluate.dense_probes import linear_head, patch_maps
 from dinoscale.evaluate.dense_probes.linear_head import LinearHead, Recipe
 from dinoscale.evaluate.dense_probes.pair_crops import CropRule, cut_pair
 from dinoscale.evaluate.dense_probes.patch_maps import BlockMaps, PixelMaps, choose_blocks
 from dinoscale.evaluate.dense_probes.probe import ProbeOptions
 from dinoscale.evaluate.dense_probes.sliding import slide, to_pixels, window_starts
-from dinoscale.evaluate.dense_probes.target_files import Part
+from dinoscale.evaluate.dense_probes.target_files import Part, TargetFiles
 from dinoscale.evaluate.depth.protocol import DepthProtocol
 from dinoscale.evaluate.segmentation.confusion import Confusion, enlarged_argmax
-from dinoscale.evaluate.segmentation.index_masks import VOID, MaskRule, patch_classes
+from dinoscale.evaluate.segmentation.index_masks import (
+    VOID,
+    Classes,
+    MaskRule,
+    MaskTargets,
+    patch_classes,
+)
 from dinoscale.evaluate.segmentation.layouts import Layout, find_layout
 from dinoscale.evaluate.segmentation.patch_bank import Bank, votes
 from dinoscale.evaluate.segmentation.patch_logistic import fit_bank
@@ -390,6 +401,46 @@ def test_images_without_mask_or_damaged_are_left_out(sets: Layout, weights: Path
         path.unlink()
     with pytest.raises(DataError, match="none of 6 images can be read and has a mask"):
         evaluate_segmentation(weights, sets, protocol=Knn(**SMALL), options=OPTIONS)
+
+
+@pytest.mark.parametrize("protocol", [Knn(**SMALL), LINEAR], ids=["whole", "crops"])
+def test_a_mask_that_vanished_is_named(
+    protocol: Knn | Linear, sets: Layout, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, seen = MaskTargets.read, set[str]()
+
+    def read_once(targets: MaskTargets, source: Source, index: int) -> Classes | None:
+        path = source.path(index)
+        found = None if path in seen else read(targets, source, index)
+        seen.add(path)
+        return found
+
+    monkeypatch.setattr(MaskTargets, "read", read_once)
+    with pytest.raises(DataError, match=r"train/.*: its mask has vanished since the start"):
+        evaluate_segmentation(weights, sets, protocol=protocol, options=OPTIONS)
+
+
+def test_a_file_system_that_fails_once_does_not_hide_a_mask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _save(tmp_path / "images", tmp_path / "masks", ["a"])
+    source = open_source(str(tmp_path / "images"))
+    files = TargetFiles("mask.png", str(tmp_path / "masks"), str(tmp_path / "images"))
+    stat, failed = os.stat, set[str]()
+
+    def fails_once(path: Any, **options: Any) -> os.stat_result:
+        if "masks" in str(path) and "a." in str(path) and str(path) not in failed:
+            failed.add(str(path))
+            raise OSError(errno.EIO, "no answer")
+        return stat(path, **options)
+
+    mask_of = find_masks(source, str(tmp_path / "images"), str(tmp_path / "masks"))
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.setattr(os, "stat", fails_once)
+    assert files.path(source, 0) == str(tmp_path / "masks" / "a.png")
+    failed.clear()
+    assert mask_of(0) is not None
+    assert failed
 
 
 def _train_masks(sets: Layout, change: Callable[[np.ndarray], np.ndarray]) -> None:
