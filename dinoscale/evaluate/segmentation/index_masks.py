@@ -55,7 +55,7 @@ class MaskRule:
         """
         numbers = _numbers(mask, path)
         if self.binary:
-            numbers = _object(numbers, mask.mode)
+            numbers = _object(numbers, mask.mode, path)
         highest = int(numbers.max())
         if highest > VOID or int(numbers.min()) < 0:
             raise DataError(
@@ -100,12 +100,22 @@ def _numbers(mask: Image.Image, path: str) -> NDArray[Any]:
     )
 
 
-def _object(numbers: NDArray[Any], mode: str) -> Classes:
-    """Class 1 where a mask shows its object, 0 elsewhere, VOID where a palette says so; (H, W)."""
+def _object(numbers: NDArray[Any], mode: str, path: str) -> Classes:
+    """Class 1 where a mask shows its object, 0 elsewhere, VOID where a palette says so; (H, W).
+
+    Raises:
+        DataError: it is not black, and nowhere bright, as masks of numbers are.
+    """
     if mode == "P":
         return np.where(numbers == VOID, VOID, numbers > 0).astype(np.uint8)
     wide = mode.startswith("I")  # I;16, or I of 32 bits, as which PIL opens some of 16
     bright = BRIGHT_16 if wide else 0 if mode == "1" else BRIGHT
+    highest = int(numbers.max())
+    if 0 < highest <= bright:
+        raise DataError(
+            f"{path}: its mask holds numbers up to {highest}, and with --binary the object is where"
+            f" they are above {bright}; leave --binary out for masks of class numbers"
+        )
     return (numbers > bright).astype(np.uint8)
 
 

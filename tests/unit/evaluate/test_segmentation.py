@@ -377,6 +377,9 @@ def test_numbers_of_masks() -> None:
     numbered.putpalette(list(range(256)) * 3)
     assert binary.classes(numbered, "a").tolist() == [[0, 1, 1, VOID]]
     assert binary.classes(Image.new("1", (2, 1), 1), "a").tolist() == [[1, 1]]
+    for dtype in (np.uint8, np.uint16):
+        with pytest.raises(DataError, match=r"a: its mask holds numbers up to 1, .*leave --binary"):
+            binary.classes(_mask([[0, 1]], dtype), "a")
     with pytest.raises(DataError, match=r"a: its mask holds the number 300"):
         rule.classes(_mask([[300]], np.uint16), "a")
     with pytest.raises(DataError, match=r"class 3, but there are 3 classes.*--classes"):
