@@ -305,8 +305,9 @@ def _require_same(path: Path, recorded: str) -> None:
     try:
         same = sha256(path) == recorded
     except OSError as error:
-        why = f"cannot read {path} ({error.strerror})"
-        raise DataError(f"{why}: remove the folder, and cluster anew") from error
+        raise DataError(
+            f"cannot read {path} ({error.strerror}): start again when it can be read"
+        ) from error
     if not same:
         raise DataError(
             f"{path} is damaged: its SHA-256 is not that of {MANIFEST}. Remove the folder, and"

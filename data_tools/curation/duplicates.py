@@ -90,6 +90,7 @@ def deduplicate_embeddings(
         return sets
 
     sets = distributed.together(opened)
+    require_lines(sets.whole, sets.images)
     work = fingerprint(
         input={"images": sets.whole.digest, "tests": [test.digest for test in sets.tests]},
         command={**asdict(similar), **way.settings},
@@ -109,7 +110,6 @@ def _require_files(out: Path, sets: Sets) -> None:
         require_list(out, sets.whole, *sets.tests)
         require_page(out)
         require_writable(groups_of(out))
-        require_lines(sets.whole, sets.images)
 
 
 class _Search:

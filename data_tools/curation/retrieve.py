@@ -185,6 +185,7 @@ def retrieve_neighbours(
         return whole, of_seeds
 
     whole, of_seeds = distributed.together(opened)
+    require_lines(whole, out.images)
     spans = spans_of(len(of_seeds), way.block)
     searched = Searched(whole, way)
 
@@ -217,7 +218,6 @@ def _require_files(out: Output, whole: Embeddings, seeds: Embeddings) -> None:
     if not distributed.rank():
         require_list(out.path, whole, seeds)
         require_page(out.path)
-        require_lines(whole, out.images)
 
 
 def _of_seeds(
@@ -320,6 +320,7 @@ def retrieve_clusters(
         return whole, of_seeds, hierarchy.level(1)
 
     whole, of_seeds, level = distributed.together(opened)
+    require_lines(whole, out.images)
     verify(of_seeds)
     shown = progress and not distributed.rank()
     with tqdm(total=len(of_seeds), unit="img", disable=None if shown else True) as bar:

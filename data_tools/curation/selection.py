@@ -21,6 +21,7 @@ from data_tools.curation.embeddings import Embeddings
 from data_tools.journal import Json, require_writable, write_whole
 from dinoscale.data.shards.remote import is_remote
 from dinoscale.errors import DataError
+from dinoscale.runtime.opening import on_first_rank
 from dinoscale.runtime.outputs import sha256
 from dinoscale.runtime.versions import package_version
 
@@ -109,6 +110,9 @@ def _require_images(embeddings: Embeddings, root: str) -> None:
 def require_lines(embeddings: Embeddings, images: str | None) -> None:
     """Find out before the work whether a list can hold each of the images; reads all names.
 
+    All ranks call it, and the first one reads: others wait without a collective, which would time
+    out where there are very many names.
+
     Args:
         embeddings: of the images.
         images: as `Places` takes it.
@@ -116,10 +120,14 @@ def require_lines(embeddings: Embeddings, images: str | None) -> None:
     Raises:
         DataError: it cannot.
     """
-    places = Places(embeddings, images)
-    numbers = np.arange(len(embeddings), dtype=np.int64)
-    for _ in _lines(places, embeddings, numbers, None):
-        pass
+
+    def read(_: object) -> None:
+        places = Places(embeddings, images)
+        numbers = np.arange(len(embeddings), dtype=np.int64)
+        for _line in _lines(places, embeddings, numbers, None):
+            pass
+
+    on_first_rank(read)
 
 
 def require_list(path: Path, *read: Embeddings) -> None:

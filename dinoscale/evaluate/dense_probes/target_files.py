@@ -123,6 +123,9 @@ class TargetFiles:
     def path(self, source: Source, index: int) -> str | None:
         """The file of a target in a folder; None if there is none.
 
+        Where targets have other names than images, both may lie in one folder: a target that is
+        listed as an image has none of its own.
+
         Raises:
             DataError: it is the image itself.
             UnavailableError: the file system failed for a minute.
@@ -130,6 +133,8 @@ class TargetFiles:
         image = source.path(index)
         for path in map(str, self._candidates(image)):
             if with_retries(partial(path_exists, path), path):
+                if len(self.renames) > 1 and os.path.realpath(path) == os.path.realpath(image):
+                    continue
                 require_not_image(path, image)
                 return path
         return None

@@ -69,10 +69,14 @@ def paired_tests(reports: Mapping[str, Mapping[str, Any]]) -> list[PairedTest]:
 def _correct(report: Mapping[str, Any]) -> tuple[list[str], NDArray[np.bool_]] | None:
     """Images and whether each is answered rightly; None if not kept, lost, or overwritten."""
     file = report.get("predictions")
+    digest = report.get("predictions_sha256")
     if not isinstance(file, str):
         return None
+    if not isinstance(digest, str):
+        log.warning("%s: the report of an older version names no digest of it; measure again", file)
+        return None
     try:
-        return read_correct(Path(file), sha256=str(report.get("predictions_sha256")))
+        return read_correct(Path(file), sha256=digest)
     except DataError as error:
         log.warning("%s Differences of these weights are not tested.", error)
         return None

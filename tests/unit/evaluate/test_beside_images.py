@@ -12,6 +12,7 @@ from dinoscale.data.sources.source import open_source
 from dinoscale.errors import DataError
 from dinoscale.evaluate.dense.object_masks import find_masks
 from dinoscale.evaluate.dense_probes.target_files import TargetFiles
+from dinoscale.evaluate.depth.depth_files import NYU_NAMES
 
 
 def _gray(path: Path, value: int) -> None:
@@ -50,3 +51,13 @@ def test_an_image_is_not_its_own_mask(tmp_path: Path, is_link: bool) -> None:
         files.read(source, 0)
     with pytest.raises(DataError, match=r"a\.png is the image .* itself"):
         find_masks(source, str(tmp_path / "images"), str(masks))(0)
+
+
+def test_depth_pictures_beside_their_images_have_none_of_their_own(tmp_path: Path) -> None:
+    for name in ("rgb_1.png", "sync_depth_1.png"):
+        _gray(tmp_path / name, 100)
+    source = open_source(str(tmp_path))
+    folder = str(tmp_path)
+    files = TargetFiles.of(source, folder, folder, member="depth.png", renames=NYU_NAMES)
+    found = {Path(source.path(i)).name: files.path(source, i) for i in range(len(source))}
+    assert found == {"rgb_1.png": str(tmp_path / "sync_depth_1.png"), "sync_depth_1.png": None}
