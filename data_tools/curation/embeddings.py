@@ -23,7 +23,6 @@ from data_tools.journal import Json
 from dinoscale.errors import DataError
 from dinoscale.evaluate.embedding.folder import FORMAT, MANIFEST, UNFINISHED
 from dinoscale.runtime.fingerprint import digest_of
-from dinoscale.runtime.opening import on_first_rank
 from dinoscale.runtime.outputs import sha256
 
 _USUAL = ("cls", "pooled", "mean_patch")  # the first that there is, unless others are asked for
@@ -246,6 +245,8 @@ def verify(*embeddings: Embeddings) -> None:
     Raises:
         DataError: one has changed since it was written, on every rank.
     """
+    # Not on top: it imports torch, which reading a folder does not need.
+    from dinoscale.runtime.opening import on_first_rank
 
     def compare(_: object) -> None:
         for one in {one.path.resolve(): one for one in embeddings}.values():

@@ -21,7 +21,6 @@ from data_tools.curation.embeddings import Embeddings
 from data_tools.journal import Json, require_writable, write_whole
 from dinoscale.data.shards.remote import is_remote
 from dinoscale.errors import DataError
-from dinoscale.runtime.opening import on_first_rank
 from dinoscale.runtime.outputs import sha256
 from dinoscale.runtime.versions import package_version
 
@@ -120,6 +119,8 @@ def require_lines(embeddings: Embeddings, images: str | None) -> None:
     Raises:
         DataError: it cannot.
     """
+    # Not on top: it imports torch, which reading a folder does not need.
+    from dinoscale.runtime.opening import on_first_rank
 
     def read(_: object) -> None:
         places = Places(embeddings, images)

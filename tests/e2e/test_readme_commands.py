@@ -100,7 +100,7 @@ def _on_stand_ins(name: str) -> dict[str, None]:
 def _words(command: str) -> list[str]:
     """The words of a command, with what makes it small."""
     words = shlex.split(command)
-    if "--head" in words:  # which has the settings of its training
+    if words[0] == "evaluate" and "--head" in words:  # which has the settings of its training
         return [*words, *shlex.split(_FEW)]
     more = MORE.get(words[0], MORE.get(" ".join(words[:2]), []))
     return [*words, *more]
