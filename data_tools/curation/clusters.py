@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -275,20 +275,6 @@ def open_clusters(path: Path) -> Clusters:
             " it"
         )
     raise DataError(f"{path} is no folder of clusters: make one with `dinoscale data cluster`")
-
-
-@contextmanager
-def writing_to(path: Path) -> Iterator[None]:
-    """Turn errors of the file system into a sentence.
-
-    Raises:
-        OutputError: a write within the block fails.
-    """
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise OutputError(f"cannot write to {error.filename or path}: {reason}") from error
 
 
 def _level(path: Path, number: int, about: Json) -> Level:

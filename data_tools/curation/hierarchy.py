@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from data_tools.curation.clusters import ClusterFolder, Level, State, writing_to
+from data_tools.curation.clusters import ClusterFolder, Level, State
 from data_tools.curation.embeddings import Embeddings, open_embeddings
 from data_tools.curation.kmeans import (
     MOST_POINTS,
@@ -48,6 +48,7 @@ from dinoscale.evaluate.progress import bar_options
 from dinoscale.runtime import distributed
 from dinoscale.runtime.fingerprint import code_fingerprint, fingerprint
 from dinoscale.runtime.opening import on_first_rank
+from dinoscale.runtime.outputs import writing_into
 from dinoscale.runtime.versions import package_version
 
 log = logging.getLogger(__name__)
@@ -183,7 +184,7 @@ def _on_first(job: _Job, work: Callable[[], T]) -> T:
     """Do something on rank 0 and return its result on all; errors of the file system as ours."""
 
     def done() -> T:
-        with writing_to(job.folder.path):
+        with writing_into(job.folder.path):
             return work()
 
     result = distributed.broadcast_object(on_first_rank(lambda _: done()))

@@ -140,6 +140,20 @@ def atomic_write(path: Path) -> Iterator[Path]:
         os.replace(beside, path)
 
 
+@contextmanager
+def writing_into(folder: Path) -> Iterator[None]:
+    """Turn errors of the file system into a sentence.
+
+    Raises:
+        OutputError: a write within the block fails.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise OutputError(f"cannot write to {error.filename or folder}: {reason}") from error
+
+
 def replace_text(path: Path, text: str) -> None:
     """Replace a file of a run or a sweep, whole or not at all.
 

@@ -14,7 +14,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
@@ -53,7 +53,7 @@ from dinoscale.evaluate.progress import bar_options
 from dinoscale.runtime import distributed
 from dinoscale.runtime.fingerprint import code_fingerprint
 from dinoscale.runtime.opening import on_all_ranks, on_first_rank, open_once_per_node
-from dinoscale.runtime.outputs import sha256
+from dinoscale.runtime.outputs import sha256, writing_into
 from dinoscale.runtime.versions import package_version
 
 log = logging.getLogger(__name__)
@@ -186,22 +186,8 @@ def _open(
 def _begin(job: _Job, heartbeat: Callable[[], None]) -> list[int]:
     """Take the folder, and return the shards that it lacks."""
     settings = _settings(job, heartbeat)
-    with _writing_to(job.folder.path):
+    with writing_into(job.folder.path):
         return job.folder.begin(settings)
-
-
-@contextmanager
-def _writing_to(path: Path) -> Iterator[None]:
-    """Turn errors of the file system into a sentence.
-
-    Raises:
-        OutputError: a write within the block fails.
-    """
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise OutputError(f"cannot write to {error.filename or path}: {reason}") from error
 
 
 def _settings(job: _Job, heartbeat: Callable[[], None]) -> dict[str, Any]:
@@ -239,7 +225,7 @@ def _write_share(job: _Job, missing: list[int], check: Callable[[], None]) -> No
         return
     job.extractor.backbone.to(_NETWORK[job.options.precision])
     try:
-        with _writing_to(job.folder.path), eval_mode(job.extractor.backbone), torch.no_grad():
+        with writing_into(job.folder.path), eval_mode(job.extractor.backbone), torch.no_grad():
             _write_shards(job, shards, check)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise RunFailedError(
@@ -364,7 +350,7 @@ def _finish(job: _Job, spec: str) -> dict[str, object]:
     about = job.folder.manifest()
     if about is None:
         about = _about(job, spec)
-        with _writing_to(job.folder.path):
+        with writing_into(job.folder.path):
             job.folder.finish(about)
     return {
         "out": str(job.folder.path),
