@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -214,22 +214,36 @@ def usable_images(
             indices.append(index)
         else:
             left_out.empty_mask.append(path)
-    _report(left_out, num_usable=len(indices), num_images=len(source))
+    report_left_out(
+        {
+            "cannot be read": left_out.unreadable,
+            "have no mask": left_out.without_mask,
+            "have a mask without an object": left_out.empty_mask,
+        },
+        num_usable=len(indices),
+        num_images=len(source),
+        hint="Masks are named as their images; objects are brighter than 127, or numbered"
+        " (--indexed).",
+    )
     return indices, left_out
 
 
-def _report(left_out: LeftOut, *, num_usable: int, num_images: int) -> None:
-    """Log once how many images are not scored; raise if none is."""
-    kinds = {
-        "cannot be read": left_out.unreadable,
-        "have no mask": left_out.without_mask,
-        "have a mask without an object": left_out.empty_mask,
-    }
+def report_left_out(
+    kinds: Mapping[str, Sequence[str]], *, num_usable: int, num_images: int, hint: str
+) -> None:
+    """Log once how many images are not scored.
+
+    Args:
+        kinds: what is wrong with images, in words, and these images.
+        num_usable: the others.
+        num_images: all.
+        hint: how images and what they are scored by belong together.
+
+    Raises:
+        DataError: there are no others.
+    """
     said = [f"{len(paths)} {what}, e.g. {paths[0]}" for what, paths in kinds.items() if paths]
     if not num_usable:
-        raise DataError(
-            f"none of {num_images} images can be scored: {'; '.join(said)}. Masks are named as "
-            "their images; objects are brighter than 127, or numbered (--indexed)."
-        )
+        raise DataError(f"none of {num_images} images can be scored: {'; '.join(said)}. {hint}")
     if said:
         log.warning("%d of %d images are scored: %s", num_usable, num_images, "; ".join(said))

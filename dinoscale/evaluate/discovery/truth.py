@@ -18,6 +18,7 @@ from dinoscale.evaluate.dense.object_masks import (
     Objects,
     find_masks,
     relative_names,
+    report_left_out,
     split_objects,
     usable_images,
 )
@@ -142,18 +143,10 @@ def _of_boxes(source: Source, spec: str, fit: Fit, path: str) -> TrueObjects:
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
         found[index] = boxes
-    _report(left_out, num_usable=len(found), num_images=len(source), path=path)
+    report_left_out(
+        {"cannot be read": left_out.unreadable, "have no box": left_out.without_boxes},
+        num_usable=len(found),
+        num_images=len(source),
+        hint=f"{path} names boxes by the names of the images.",
+    )
     return TrueObjects(list(found), lambda index: Truth(found[index], None), asdict(left_out))
-
-
-def _report(left_out: _LeftOut, *, num_usable: int, num_images: int, path: str) -> None:
-    """Log once how many images are not scored; raise if none is."""
-    kinds = {"cannot be read": left_out.unreadable, "have no box": left_out.without_boxes}
-    said = [f"{len(paths)} {what}, e.g. {paths[0]}" for what, paths in kinds.items() if paths]
-    if not num_usable:
-        raise DataError(
-            f"none of {num_images} images can be scored: {'; '.join(said)}. {path} names boxes by"
-            " the names of the images."
-        )
-    if said:
-        log.warning("%d of %d images are scored: %s", num_usable, num_images, "; ".join(said))
