@@ -16,7 +16,7 @@ from dinoscale.cli.arguments import add_config
 from dinoscale.cli.checkpoints import add_checkpoints
 from dinoscale.cli.convert import add_convert
 from dinoscale.cli.embed import add_embed
-from dinoscale.cli.evaluate import add_evaluate
+from dinoscale.cli.evaluation.evaluate import add_evaluate
 from dinoscale.cli.launch import add_launch
 from dinoscale.cli.planning import add_planning
 from dinoscale.cli.ranks import load_and_import, on_all_ranks, require_one_process, tell_others

@@ -146,7 +146,7 @@ def _plan(options: argparse.Namespace) -> dict[str, Any] | None:
 
 def _run(options: argparse.Namespace) -> dict[str, Any]:
     sweep = _load(options)
-    from dinoscale.cli.evaluate import evaluation_words
+    from dinoscale.cli.evaluation.evaluate import evaluation_words
     from dinoscale.scaling.design.expand import expand_sweep
     from dinoscale.scaling.sweep.run import run_sweep
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from dinoscale.cli.evaluate import evaluation_words
+from dinoscale.cli.evaluation.evaluate import evaluation_words
 from dinoscale.config.sweep.executor import ExecutorConfig
 from dinoscale.errors import (
     ConfigError,

@@ -25,7 +25,7 @@ REAL_SWEEP = """
 import sys
 from pathlib import Path
 from dinoscale import cli, __main__
-from dinoscale.cli.evaluate import evaluation_words
+from dinoscale.cli.evaluation.evaluate import evaluation_words
 from dinoscale.config.sweep.executor import ExecutorConfig, SlurmConfig
 from dinoscale.scaling.sweep.run import run_sweep
 from tests.unit.sweep.tiny_sweep import METRICS, planned

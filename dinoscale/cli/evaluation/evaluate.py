@@ -18,15 +18,15 @@ from dinoscale.cli.arguments import (
     details_of,
     extraction_options,
 )
-from dinoscale.cli.compare import add_compare, line_parser, split_line
-from dinoscale.cli.dense import add_dense
-from dinoscale.cli.dense_probes import add_dense_probes
-from dinoscale.cli.patches import add_patch_tasks
-from dinoscale.cli.probes import add_probes
-from dinoscale.cli.propagate import add_copies, add_retrieve, add_video
-from dinoscale.cli.rank import add_rank
+from dinoscale.cli.evaluation.compare import add_compare, line_parser, split_line
+from dinoscale.cli.evaluation.dense import add_dense
+from dinoscale.cli.evaluation.dense_probes import add_dense_probes
+from dinoscale.cli.evaluation.patches import add_patch_tasks
+from dinoscale.cli.evaluation.probes import add_probes
+from dinoscale.cli.evaluation.propagate import add_copies, add_retrieve, add_video
+from dinoscale.cli.evaluation.rank import add_rank
+from dinoscale.cli.evaluation.transfer import add_transfer
 from dinoscale.cli.ranks import on_all_ranks, require_one_process
-from dinoscale.cli.transfer import add_transfer
 from dinoscale.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""The command line of `dinoscale evaluate`: a module for each kind of task."""
