@@ -217,7 +217,7 @@ def test_where_not_one_image_fits_the_remedies_are_named(
 ) -> None:
     settings = (*ONE_STEP, "train.batch_size=1")
     of_no_image = peaks[0] - (peaks[1] - peaks[0])  # both sizes are doubles
-    too_low = of_no_image - (peaks[1] - peaks[0]) // 2  # by more than peaks differ between starts
+    too_low = of_no_image - (peaks[1] - peaks[0]) // 8  # more than peaks differ between starts
     codes, said = Ranks(tmp_path, *settings, world_size=1, limit=too_low).end()
     assert codes == [2], said
     assert "even micro-batch 1 does not fit (needs more than 0." in said

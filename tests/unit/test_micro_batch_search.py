@@ -51,6 +51,22 @@ def test_gpu_that_lets_no_second_process_in_is_named_with_the_remedy() -> None:
         _judge([Outcome("cut off"), outcome], 64)
 
 
+@pytest.mark.parametrize(
+    "last_words",  # each seen of a trial whose limit of memory was lowered bit by bit
+    [
+        "SystemError: error return without exception set",
+        "SystemError: <function build at 0x7f> returned NULL without setting an exception",
+        "RuntimeError: can't start new thread",
+        "RuntimeError: Resource temporarily unavailable",
+        "terminate called without an active exception",
+    ],
+)
+def test_a_limited_trial_that_cannot_say_memory_is_too_large(last_words: str) -> None:
+    limited = '{"limit_bytes": 9}\n' + last_words
+    assert _outcome(None, 1, io.BytesIO(limited.encode())).verdict == "too large"
+    assert _outcome(None, 1, io.BytesIO(last_words.encode())).verdict == "failed"
+
+
 def test_trial_whose_images_were_out_of_reach_ends_the_run_as_that() -> None:
     outcome = _outcome(None, UnavailableError.exit_code, io.BytesIO(b"cannot read /shared/a.tar"))
     with pytest.raises(UnavailableError, match=r"cannot read /shared/a\.tar"):

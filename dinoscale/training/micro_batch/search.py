@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,6 +32,13 @@ _QUOTED = 5  # last lines of a child that a message quotes
 _SEARCHED = 40  # last lines searched for a memory error; an earlier one was a warning
 _LOST_CONTACT = "lost contact with another rank"  # a consequence, not the cause
 _BUSY = "busy or unavailable"  # of cudaErrorDevicesUnavailable
+# What a limited process says where C code does not report that an allocation failed: CPython in an
+# import or a call, a thread that finds no room for its stack (Gloo; C++ that ends meanwhile).
+_STARVED = re.compile(
+    r"SystemError: .*(error return without|without setting an) exception"
+    r"|can't start new thread|Resource temporarily unavailable"
+    r"|terminate called without an active exception"
+)
 
 
 Verdict = Literal["fits", "too large", "busy", "failed", "cut off", "asked to stop"]
@@ -266,7 +274,11 @@ def _outcome(verdict: Verdict | None, exit_code: int, output: IO[bytes]) -> Outc
             verdict = "fits"
         elif -exit_code in SIGNALS:  # a launcher signals all its descendants
             verdict = "asked to stop"
-        elif exit_code == -signal.SIGKILL or NO_MEMORY.search(searched):
+        elif (
+            exit_code == -signal.SIGKILL
+            or NO_MEMORY.search(searched)
+            or (limit is not None and _STARVED.search(searched))
+        ):
             verdict = "too large"
         elif _BUSY in searched:
             verdict = "busy"
