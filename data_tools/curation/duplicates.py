@@ -42,6 +42,8 @@ from dinoscale.runtime.opening import on_first_rank
 
 log = logging.getLogger(__name__)
 
+_LARGE = 0.1  # share of all images in one group that is said aloud
+
 
 def groups_of(path: Path) -> Path:
     """The file of the groups beside a list."""
@@ -188,6 +190,13 @@ def _written(sets: Sets, found: Found, similar: Similar, way: Way, out: Path) ->
             "all %d neighbours of %d images are similar: there may be copies that were not"
             " compared. Take more --neighbours, unless the groups are large anyway",
             *(similar.k, found.full),
+        )
+    if numbers["largest_group"] > max(_LARGE * numbers["images"], similar.k):
+        log.warning(
+            "one group of copies has %d of all %d images: pair by pair, images that are no copies"
+            " may have been joined. Look at %s, and take a larger --threshold, or features that"
+            " tell these images apart",
+            *(numbers["largest_group"], numbers["images"], page_of(out)),
         )
     return {
         "list": str(out),

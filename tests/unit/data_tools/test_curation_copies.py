@@ -126,6 +126,25 @@ def test_the_page_shows_pictures_of_copies_and_says_the_numbers(
     assert not list(whole[0].parent.glob("*.state"))
 
 
+@pytest.mark.parametrize(("threshold", "aloud"), [(0.4, True), (0.95, False)])
+def test_a_group_of_much_of_the_set_is_said_aloud(
+    features: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    threshold: float,
+    aloud: bool,
+) -> None:
+    similar = Similar(threshold=threshold, against=0.95, k=10)
+    summary = deduplicate_embeddings(
+        features, tmp_path / "a.txt", against=(), similar=similar, way=_way(), progress=False
+    )
+    large = summary["largest_group"]
+    assert (large > 50) is aloud
+    said = f"one group of copies has {large} of all 208 images"
+    assert (said in caplog.text) is aloud
+    assert ("take a larger --threshold" in caplog.text) is aloud
+
+
 @pytest.mark.parametrize("block", [50, 207])
 def test_other_blocks_give_the_same_files(
     features: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path, block: int
