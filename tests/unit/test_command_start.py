@@ -4,29 +4,65 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-# One process a group runs all its lines, which end at a help, a result or a mistake in the input.
+import pytest
+
+from tests.unit.evaluate.tiny_files import save_weights
+
+# One process does it all, since its start takes longest: first the lines, which end at a help, a
+# result or a mistake in the input, then what loads more.
 _RUN = """
-import contextlib, io, json, sys
+import contextlib, io, json, os, sys, warnings
 from dinoscale import cli
 from dinoscale.errors import DinoscaleError
 
-lines, slow = json.loads(sys.argv[1])
+groups, weights = json.loads(sys.argv[1])
 cli.parser()
-loaded = {"parser()": sorted(sys.modules.keys() & set(slow))}
-for line in lines:
-    before = set(sys.modules)
-    with contextlib.redirect_stdout(io.StringIO()):
-        try:
-            cli.run(line.split())
-        except DinoscaleError:
-            pass
-        except SystemExit as end:  # a help; else the line is wrong and shows nothing
-            if end.code:
-                raise
-    loaded[line] = sorted((sys.modules.keys() - before) & set(slow))
-print(json.dumps(loaded))
+loaded = {"parser()": sorted(sys.modules.keys() & set(groups[0][1]))}
+for lines, slow in groups:
+    for line in lines:
+        before = set(sys.modules)
+        with contextlib.redirect_stdout(io.StringIO()):
+            try:
+                cli.run(line.split())
+            except DinoscaleError:
+                pass
+            except SystemExit as end:  # a help; else the line is wrong and shows nothing
+                if end.code:
+                    raise
+        loaded[line] = sorted((sys.modules.keys() - before) & set(slow))
+print(json.dumps(loaded), flush=True)
+
+import dinoscale
+warnings.simplefilter("error", UserWarning)  # of torchvision, whose operators may be missing
+model, _ = dinoscale.load_backbone(weights)
+assert model.embed_dim == 64
+heavy = {"deepspeed", "transformers", "matplotlib"} & sys.modules.keys()
+assert not heavy, heavy
+from dinoscale.models._torchvision import ensure_torchvision
+ensure_torchvision()
+import timm, torchvision
+assert torchvision.models.resnet50 is not None
+warnings.resetwarnings()
+
+from dinoscale.runtime import distributed
+from dinoscale.engine.student import import_deepspeed
+from dinoscale.runtime.launcher_env import read_process
+distributed.stop()
+os.environ.pop("MASTER_PORT", None)  # where `train` met the other ranks above
+distributed.start(read_process({}))
+import_deepspeed()
+assert "deepspeed.runtime.zero.muon.muon_optimizer" in sys.modules
+assert "torch._inductor.compile_fx" not in sys.modules
+assert "TORCHDYNAMO_DISABLE" not in os.environ
+import torch
+graphs = []
+def backend(graph, _):
+    graphs.append(graph)
+    return graph
+assert torch.compile(torch.sin, backend=backend)(torch.zeros(1)) == 0
+assert len(graphs) == 1
+distributed.stop()
 """
 # What most commands do without, or need late: each takes a quarter of a second to a few seconds.
 _LATE = (
@@ -115,45 +151,28 @@ _WITH_TORCH = (
 )
 
 
-def _assert_none_loaded(lines: tuple[str, ...], slow: tuple[str, ...], folder: Path) -> None:
-    command = [sys.executable, "-c", _RUN, json.dumps([lines, slow])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    loaded: dict[str, list[str]] = json.loads(done.stdout.splitlines()[-1])
-    assert loaded.keys() == {"parser()", *lines}
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> "subprocess.CompletedProcess[str]":
+    """The process, ended; it prints what each line loaded."""
+    folder = tmp_path_factory.mktemp("start")
+    weights = save_weights(folder / "weights.safetensors")
+    groups = [(_WITHOUT_TORCH, ("torch", *_LATE)), (_WITH_TORCH, _LATE)]
+    command = [sys.executable, "-c", _RUN, json.dumps([groups, str(weights)])]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment.pop("TORCHDYNAMO_DISABLE", None)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_a_command_begins_without_what_it_needs_late(
+    done: "subprocess.CompletedProcess[str]",
+) -> None:
+    assert done.stdout, done.stderr
+    loaded: dict[str, list[str]] = json.loads(done.stdout.splitlines()[0])
+    assert loaded.keys() == {"parser()", *_WITHOUT_TORCH, *_WITH_TORCH}
     assert not {line: names for line, names in loaded.items() if names}
 
 
-def test_mistakes_and_help_come_before_torch(tmp_path: Path) -> None:
-    _assert_none_loaded(_WITHOUT_TORCH, ("torch", *_LATE), tmp_path)
-
-
-def test_commands_that_need_torch_begin_without_more(tmp_path: Path) -> None:
-    _assert_none_loaded(_WITH_TORCH, _LATE, tmp_path)
-
-
-def test_deepspeed_loads_no_compiler_for_an_unused_optimizer_and_others_still_compile() -> None:
-    code = (
-        "import os, sys\n"
-        "from dinoscale.runtime import distributed\n"
-        "from dinoscale.engine.student import import_deepspeed\n"
-        "from dinoscale.runtime.launcher_env import read_process\n"
-        "distributed.start(read_process({}))\n"
-        "import_deepspeed()\n"
-        "assert 'deepspeed.runtime.zero.muon.muon_optimizer' in sys.modules\n"
-        "assert 'torch._inductor.compile_fx' not in sys.modules\n"
-        "assert 'TORCHDYNAMO_DISABLE' not in os.environ\n"
-        "import torch\n"
-        "graphs = []\n"
-        "def backend(graph, _):\n"
-        "    graphs.append(graph)\n"
-        "    return graph\n"
-        "assert torch.compile(torch.sin, backend=backend)(torch.zeros(1)) == 0\n"
-        "assert len(graphs) == 1\n"
-        "distributed.stop()\n"
-    )
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    environment.pop("TORCHDYNAMO_DISABLE", None)
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
+def test_weights_load_without_deepspeed_which_loads_no_compiler_and_lets_others_compile(
+    done: "subprocess.CompletedProcess[str]",
+) -> None:
+    assert done.returncode == 0, done.stderr
