@@ -92,8 +92,8 @@ class Tally:
     lost_steps: int = 0
 
 
-def moments(kills: int, seed: int) -> list[Moment]:
-    """The same for a seed. Every third falls into a save, every fourth hits the launcher."""
+def moments(kills: int, seed: int, *, launchers: bool = True) -> list[Moment]:
+    """The same for a seed. Every third falls into a save, every fourth hits a launcher, if any."""
     chance, found = random.Random(seed), []
     for number in range(kills):
         step = (
@@ -101,7 +101,7 @@ def moments(kills: int, seed: int) -> list[Moment]:
         )  # first, a checkpoint
         in_save = number % 3 == 1
         longest = 0.05 if in_save else 0.15 if step else _STARTING_S
-        targets = list(LAUNCHERS) if number % 4 == 3 else ["rank 0", "rank 1", "all"]
+        targets = list(LAUNCHERS) if launchers and number % 4 == 3 else ["rank 0", "rank 1", "all"]
         delay_s, target = chance.uniform(0, longest), chance.choice(targets)
         found.append(Moment(step, in_save, delay_s, target, chance.choice([0, 0, 1])))
     return found
@@ -132,7 +132,15 @@ class _Left:
         )
 
 
-def run_kills(folder: Path, *, kills: int, stage: int, seed: int, objective: str = "dino") -> Tally:
+def run_kills(
+    folder: Path,
+    *,
+    kills: int,
+    stage: int,
+    seed: int,
+    objective: str = "dino",
+    launchers: bool = True,
+) -> Tally:
     """Train once with `kills` interruptions and once undisturbed, and compare.
 
     What each kill leaves is compared with the undisturbed run: the newest checkpoint bit for bit,
@@ -150,7 +158,7 @@ def run_kills(folder: Path, *, kills: int, stage: int, seed: int, objective: str
         sections = {**sections, section: given}
     broken = write_config(folder / "broken", stage=stage, epochs=epochs, **sections)
     tally, run_dir, left = Tally(), broken.parent / "run", list[_Left]()
-    for moment in moments(kills, seed):
+    for moment in moments(kills, seed, launchers=launchers):
         _run_until(broken, moment)
         left.append(_Left.copied(run_dir, folder / f"left_{tally.kills}"))
         tally.kills += 1

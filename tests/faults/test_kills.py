@@ -12,10 +12,15 @@ KILLS = 5  # at each of three stages: 15 in a session; `python -m tests.faults` 
 
 
 @pytest.mark.parametrize(
-    ("stage", "objective"), [(0, "dino"), (2, "sinkhorn_knopp"), (3, "centering")]
+    ("stage", "objective", "launchers"),
+    [(0, "dino", True), (2, "sinkhorn_knopp", True), (3, "centering", False)],
 )
-def test_killed_run_ends_as_the_undisturbed_one(tmp_path: Path, stage: int, objective: str) -> None:
-    tally = run_kills(tmp_path, kills=KILLS, stage=stage, seed=stage, objective=objective)
+def test_killed_run_ends_as_the_undisturbed_one(
+    tmp_path: Path, stage: int, objective: str, *, launchers: bool
+) -> None:
+    tally = run_kills(
+        tmp_path, kills=KILLS, stage=stage, seed=stage, objective=objective, launchers=launchers
+    )
     assert (tally.kills, tally.resumed, tally.bit_identical) == (KILLS, KILLS, KILLS)
     assert tally.in_save > 0
     assert tally.lost_steps > 0

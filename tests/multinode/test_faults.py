@@ -13,6 +13,7 @@ import pytest
 
 from dinoscale.runtime.watchdog import collectives_timeout_s
 from tests.faults.run_processes import newest_step, steps_logged, write_config
+from tests.forked import run_module
 from tests.multinode.cluster import Cluster, Done, Program
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(800)]
@@ -58,7 +59,7 @@ def test_cut_link_ends_the_job_on_both_hosts_and_names_the_other(
     assert not cluster.left_behind(timeout_s=END_S - (time.monotonic() - begin))
 
 
-def test_host_whose_processes_die_is_named_and_one_host_goes_on_from_the_checkpoint(
+def test_host_whose_processes_die_is_named_and_one_process_goes_on_from_the_checkpoint(
     cluster: Cluster, config: Path
 ) -> None:
     run_dir = config.parent / "run"
@@ -73,11 +74,10 @@ def test_host_whose_processes_die_is_named_and_one_host_goes_on_from_the_checkpo
     logs = [run_dir / "logs" / f"rank_{rank:05d}.log" for rank in range(2)]
     assert [log.read_text().count(f"on node{r}") for r, log in enumerate(logs, 1)] == [1, 1]
     saved = newest_step(run_dir)
-    words = ["python", "-m", "dinoscale", "train", str(config)]
-    alone = [f"train.stop_after_steps={saved + 6}", "train.micro_batch_size=8"]
-    again = cluster.hosts[0].run([*words, *alone], timeout_s=START_S)
-    assert again.code == 0, again.said[-4000:]
-    assert "resuming from" in again.said
+    alone = (f"train.stop_after_steps={saved + 6}", "train.micro_batch_size=8")
+    again = run_module("dinoscale", "train", config, *alone, timeout_s=START_S)
+    assert again.returncode == 0, again.stderr[-4000:]
+    assert "resuming from" in again.stderr
     assert newest_step(run_dir) == saved + 6 >= 9
 
 
