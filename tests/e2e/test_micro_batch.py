@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from dinoscale.config import load_config, parse_config
-from tests.forked import ROOT, Forked, run_module, server_pids, start_module
+from tests.forked import ROOT, Forked, server_pids, start_module
 from tests.harness import environment_of
 from tests.ports import free_port
 
@@ -174,28 +174,7 @@ def _losses(run_dir: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
-def test_one_rank_finds_its_limit_and_its_config_repeats_the_run(
-    tmp_path: Path, limit: int
-) -> None:
-    settings = (*ONE_STEP, f"train.batch_size={TOO_LARGE}")
-    codes, said = Ranks(tmp_path, *settings, world_size=1, limit=limit).end()
-    assert codes == [0], said
-    assert f"auto: trying {FITS}\n" in said
-    assert f"micro-batch {FITS} fits (peak " in said
-    assert f"micro-batch {TOO_LARGE} does not fit (needs more than 0." in said
-    assert f"); taking {FITS} after 2 trials" in said
-    run = tmp_path / "run"
-    assert load_config(str(run / "config.yaml")).train.micro_batch_size == FITS
-    (event,) = map(json.loads, (run / "events.jsonl").read_text().splitlines())
-    assert (event["event"], event["size"], event["trials"]) == ("micro-batch found", FITS, 2)
-
-    again = tmp_path / "again"
-    done = run_module("dinoscale", "train", run / "config.yaml", f"run_dir={again}")
-    assert done.returncode == 0, done.stderr
-    assert _losses(again) == _losses(run)
-
-
-def test_two_ranks_agree_and_a_resumed_run_does_not_search_again(
+def test_two_ranks_agree_and_neither_their_config_nor_a_resumed_run_searches_again(
     tmp_path: Path, limit: int
 ) -> None:
     settings = (f"train.batch_size={2 * TOO_LARGE}", "optim.min_lr=0", "train.epochs=2")
@@ -203,8 +182,23 @@ def test_two_ranks_agree_and_a_resumed_run_does_not_search_again(
         tmp_path, *settings, "train.stop_after_steps=1", world_size=2, limit=limit
     ).end()
     assert codes == [0, 0], said
-    assert f"taking {FITS} after 2 trials" in said
+    assert f"auto: trying {FITS}\n" in said
+    assert f"micro-batch {FITS} fits (peak " in said
+    assert f"micro-batch {TOO_LARGE} does not fit (needs more than 0." in said
+    assert f"); taking {FITS} after 2 trials" in said
     assert f"2 ranks x {FITS} x 2 (micro-batches)" in said
+    run = tmp_path / "run"
+    assert load_config(str(run / "config.yaml")).train.micro_batch_size == FITS
+    (event,) = map(json.loads, (run / "events.jsonl").read_text().splitlines())
+    assert (event["event"], event["size"], event["trials"]) == ("micro-batch found", FITS, 2)
+
+    words = ("train", run / "config.yaml", f"run_dir={tmp_path / 'again'}")
+    port = free_port()
+    environments = [environment_of(rank, world_size=2, port=port) for rank in range(2)]
+    again = [start_module("dinoscale", *words, environment=each) for each in environments]
+    assert [rank.wait(300) for rank in again] == [0, 0], again[0].said()
+    assert "trying" not in again[0].said()
+    assert _losses(tmp_path / "again") == _losses(run)
 
     codes, said = Ranks(tmp_path, *settings, world_size=1).end()
     assert codes == [0], said
