@@ -30,6 +30,9 @@ from dinoscale.config.sweep.executor import ExecutorConfig, SlurmConfig
 from dinoscale.scaling.sweep.run import run_sweep
 from tests.unit.sweep.tiny_sweep import METRICS, planned
 out, kind, seeds, nodes, processes, parallel, *line = sys.argv[1:]
+if kind == "slurm":  # whose queue is asked every ten seconds
+    from dinoscale.scaling.sweep import slurm_jobs
+    slurm_jobs._POLL_S["slurm"] = 0.5
 cli.run = lambda _: run_sweep(
     [
         planned(seed, "train.epochs=%d" % (24 if seed == 1 else 4))
