@@ -44,10 +44,12 @@ RECIPES = {
         "backbone_lr": 0.5,
     },
 }
+# Not at every stage: SGD is taken at each with one way of clipping, AdamW at each with both.
+SOME_STAGES = {"adamw_unclipped": (0, 3), "sgd_per_tensor": (1, 2), "sgd_global": (0, 3)}
 # (stage, recipe, checkpoint_every_k_blocks, offload_optimizer)
 Job = tuple[int, str, int, bool]
 JOBS: list[Job] = [
-    *((stage, recipe, 0, False) for recipe in RECIPES for stage in STAGES),
+    *((stage, recipe, 0, False) for recipe in RECIPES for stage in SOME_STAGES.get(recipe, STAGES)),
     *((stage, "adamw_global", 1, False) for stage in CHECKPOINTED),
     *((stage, "adamw_per_tensor", 0, True) for stage in (1, 2, 3)),
     *((stage, DINOV2, 0, True) for stage in (1, 2, 3)),
@@ -137,8 +139,7 @@ def plain() -> Callable[[str], Plain]:
     return of
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("stage", "recipe"), [job[:2] for job in JOBS if job[2:] == (0, False)])
 def test_optimizer_and_clipping_are_those_of_plain_torch(
     trained: dict[Job, dict[str, Any]], plain: Callable[[str], Plain], recipe: str, stage: int
 ) -> None:

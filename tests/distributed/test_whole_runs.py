@@ -25,13 +25,9 @@ from tests.harness import run_distributed
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
 STOP, LAST = 3, 7  # steps: interrupted within the first of two epochs of 4, prototypes frozen
-KINDS = [f"{stage}_{precision}_adamw" for stage in (0, 2, 3) for precision in ("fp32", "bf16")]
-KINDS += [
-    "1_fp32_adamw",
-    "0_fp32_sgd",
-    "2_bf16_sgd",
-    "2_bf16_adamw_bn",
-]  # bn: batch norm in the head
+KINDS = [f"{stage}_{precision}_adamw" for stage in (2, 3) for precision in ("fp32", "bf16")]
+KINDS += ["0_bf16_adamw", "1_fp32_adamw", "0_fp32_sgd"]  # 0_fp32_adamw: faults/test_kills.py
+KINDS += ["2_bf16_sgd_bn"]  # bn: batch norm in the head
 SPLITS = {"2x6": (2, 6), "2x2x3": (2, 2), "1x12": (1, 12), "1x3x4": (1, 3)}  # ranks, micro-batch
 ELASTIC = {"stage3_on_1": (1, "3_fp32_adamw"), "stage0_on_3": (3, "0_fp32_adamw")}
 COPIED = ("interrupted", "whole_2_bf16_adamw")  # without and with moments of the prototypes
