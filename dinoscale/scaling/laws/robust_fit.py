@@ -51,7 +51,10 @@ def log_law(theta: Numbers, log_x: Numbers) -> Numbers:
 
 def law_slopes(theta: Numbers, log_x: Numbers) -> Numbers:
     """Derivatives of `log_law` by the parameters, (S, n, P)."""
-    terms, total = _parts(theta, log_x)
+    return _slopes(*_parts(theta, log_x), log_x)
+
+
+def _slopes(terms: Numbers, total: Numbers, log_x: Numbers) -> Numbers:
     shares = terms / total[..., None]
     return np.concatenate((1 / total[..., None], shares, -shares * log_x), -1)
 
@@ -167,8 +170,8 @@ def _step(
     damping: Numbers,
     ends: tuple[Numbers, Numbers],
 ) -> Numbers:
-    slopes = law_slopes(theta, log_x)
-    residual = log_y - log_law(theta, log_x)
+    terms, total = _parts(theta, log_x)
+    slopes, residual = _slopes(terms, total, log_x), log_y - np.log(total)
     weight = delta / np.maximum(np.abs(residual), delta)
     weighted = slopes * weight[..., None]
     gradient = (weighted * residual[..., None]).sum(1)  # the loss falls in this direction
