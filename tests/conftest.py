@@ -67,6 +67,13 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _libraries_stay() -> None:
+    """So do libraries that a test before has imported: there may be a million objects in them."""
+    gc.collect()
+    gc.freeze()
+
+
 def _folder(path: Path) -> str:
     """The one of `BUDGET_MIN` that holds a test file, else "elsewhere"."""
     inside = (name for name in BUDGET_MIN if _ROOT / name in path.parents)
