@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dinoscale.config.sections.backbones import RESNET50, ModelConfig
+from dinoscale.config.sections.backbones import ModelConfig
+from dinoscale.config.sections.convnets import named_convnet
 from dinoscale.errors import ConfigError
 
 _SIZES_OF_NAME = ("embed_dim", "depth", "num_heads")  # sizes that the name of a backbone stands for
@@ -100,7 +101,7 @@ def drop_one_size(values: Mapping[str, object]) -> None:
 def sizes_of_another(before: Mapping[str, object], given: Mapping[str, object]) -> set[str]:
     """Sizes of a backbone to drop when another is named, which would else keep the old sizes.
 
-    The patch size stays, since the crop sizes are multiples of it; resnet50 has none.
+    The patch size stays, since the crop sizes are multiples of it; a ResNet has none.
 
     Args:
         before: settings of the model by key.
@@ -113,4 +114,4 @@ def sizes_of_another(before: Mapping[str, object], given: Mapping[str, object]) 
     new = given.get("backbone", old)
     if new == old:
         return set()
-    return {*_SIZES_OF_NAME, *(["patch_size"] if new == RESNET50 else [])} - given.keys()
+    return {*_SIZES_OF_NAME, *(["patch_size"] if named_convnet(str(new)) else [])} - given.keys()

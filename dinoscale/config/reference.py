@@ -181,12 +181,20 @@ crops: {num_local: 0}
 
 Released backbones have no heads. Their features can be learned all the same, which no paper of
 DINO's does: this term is ours. The teacher is frozen and of any width, depth and patch size: all
-that `evaluate` reads, of which ResNet-50 has class features alone; `distill.model` says which. It
-sees the student's global crops, normalised as the run's are, so their side is a multiple of its
-patches. The student's features, class token and patches after the final norm, pass a linear map to
-the teacher's width, one for each kind; another grid of the teacher's is resized bilinearly to the
-student's, with antialias to a coarser one. `distill.feature_loss` is the distance, and its terms
-in `metrics.jsonl` are `class_feature_loss` and `patch_feature_loss`.
+that `evaluate` reads; `distill.model` says which. It sees the student's global crops, normalised as
+the run's are, so their side is a multiple of its patches. The student's features, class token and
+patches after the final norm, pass a linear map to the teacher's width, one for each kind; another
+grid of the teacher's is resized bilinearly to the student's, with antialias to a coarser one.
+`distill.feature_loss` is the distance, and its terms in `metrics.jsonl` are `class_feature_loss`
+and `patch_feature_loss`.
+
+Convolutional teachers are `resnet18` to `resnet152`, and `convnext_atto` to `convnext_xlarge`, of
+which DINOv3 has tiny, small, base and large: `model: {backbone: convnext_tiny}`. Files of timm and
+torchvision are read, and those of ConvNeXt's and DINOv3's authors. Class features are what timm's
+`forward_head(..., pre_logits=True)` returns, patch features the last map, one place for 32 x 32
+pixels, of a ConvNeXt through its final norm, as DINOv3 has it. Global crops are then whole such
+places, but for class features of a ResNet. Batch norm takes the statistics that it has tracked.
+Students are ViTs, or ResNet-50 for class features.
 
 These terms stand beside those of `dino` and `ibot`, whose targets are then the average's as ever;
 crops that `ibot` chooses to mask do not count. With `dino.loss_weight` 0 and no patch loss there

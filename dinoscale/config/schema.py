@@ -319,6 +319,7 @@ class RunConfig(Section):
                 f"optim.min_lr: {self.optim.min_lr} is above the peak learning rate "
                 f"{self.peak_lr:.4g} ({_SCALED_LR[self.optim.lr_scaling]})"
             )
+        mistakes += self._student_mistakes()
         if self.model.backbone == RESNET50 and self.engine.checkpoint_every_k_blocks:
             mistakes.append(
                 f"engine.checkpoint_every_k_blocks: {RESNET50} has no transformer blocks, "
@@ -345,6 +346,16 @@ class RunConfig(Section):
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self
+
+    def _student_mistakes(self) -> list[str]:
+        """A backbone that can be a frozen teacher alone."""
+        name = self.model.backbone
+        if self.model.convnet is None or name == RESNET50:
+            return []
+        return [
+            f"model.backbone: {name!r} can only be a frozen teacher whose features are learned "
+            f"(distill.model); name a timm ViT such as 'vit_small_patch16_224', or '{RESNET50}'"
+        ]
 
     @property
     def _begins_random(self) -> bool:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from dinoscale.config.sections.backbones import RESNET50
+from dinoscale.config.sections.convnets import named_convnet
 from dinoscale.convert.atomic_write import checksums, put_in_place, refuse_existing
 from dinoscale.convert.coverage import Coverage, listed
 from dinoscale.convert.formats.dinov3 import without_masked_bias
@@ -205,6 +207,12 @@ def convert(
     _require(target, to, head=head, dtype=dtype)
     refuse_existing(path, source, is_folder=target.is_folder, overwrite=overwrite)
     weights = read_source(source, network=network, num_heads=num_heads, heartbeat=heartbeat)
+    name = weights.card.backbone.name
+    if named_convnet(name) is not None and name != RESNET50:
+        raise ConversionError(
+            f"{source}: is a {name}, which is evaluated and can be a frozen teacher; convert writes"
+            f" ViTs and {RESNET50}"
+        )
     if head and weights.head is None:
         raise CheckpointError(f"{source} holds no projection head: leave --head out")
     heads = {"head": weights.head, "patch_head": weights.patch_head} if head else NO_HEADS

@@ -36,9 +36,9 @@ from dinoscale.convert.weights_file import build
 from dinoscale.engine.build import InitialWeights, StepZero, shapes_only
 from dinoscale.errors import CheckpointError, ConfigError
 from dinoscale.models.block import KeylessBias
+from dinoscale.models.convnet import ConvNet
 from dinoscale.models.heads import DinoHead
 from dinoscale.models.network import MAPS, DinoNetwork
-from dinoscale.models.resnet import ResNet50
 from dinoscale.models.vit import VisionTransformer
 from dinoscale.models.weight_names import from_reference
 from dinoscale.runtime import distributed
@@ -47,7 +47,8 @@ from dinoscale.runtime.outputs import is_phase
 log = logging.getLogger(__name__)
 
 _FROZEN = "distill.teacher"
-_FIRST_LAYERS = ("patch_embed.proj.weight", "conv1.weight")  # of a ViT and of a ResNet
+# Of a ViT, a ResNet and a ConvNeXt.
+_FIRST_LAYERS = ("patch_embed.proj.weight", "conv1.weight", "stem.0.weight")
 
 
 def read_initial_weights(
@@ -221,7 +222,7 @@ def _of_features(weights: Weights) -> dict[str, Tensor]:
 
 def _read_backbone(
     path: str,
-    target: VisionTransformer | ResNet50,
+    target: VisionTransformer | ConvNet,
     config: RunConfig,
     heartbeat: Callable[[], None],
     *,
@@ -267,8 +268,8 @@ def _read_backbone(
 
 
 def _fitted_backbone(
-    source: VisionTransformer | ResNet50,
-    target: VisionTransformer | ResNet50,
+    source: VisionTransformer | ConvNet,
+    target: VisionTransformer | ConvNet,
     config: RunConfig,
     *,
     path: str,
@@ -335,10 +336,10 @@ def adapted_channels(weight: Tensor, channels: int) -> Tensor:
     return (weight.mean(1, keepdim=True) * (found / channels)).expand(-1, channels, -1, -1)
 
 
-def _sizes(backbone: VisionTransformer | ResNet50) -> str:
+def _sizes(backbone: VisionTransformer | ConvNet) -> str:
     """The sizes that have to agree, as text."""
-    if isinstance(backbone, ResNet50):
-        return "ResNet-50"
+    if isinstance(backbone, ConvNet):
+        return backbone.name
     attention: Any = backbone.blocks[0].attn
     registers = 0 if backbone.reg_token is None else backbone.reg_token.shape[1]
     return (
@@ -399,7 +400,7 @@ def _fitted_maps(
 
 
 def _remedy(
-    source: VisionTransformer | ResNet50, target: VisionTransformer | ResNet50, section: str
+    source: VisionTransformer | ConvNet, target: VisionTransformer | ConvNet, section: str
 ) -> str:
     """What to do if a run's backbone, with settings in `section`, computes other features.
 

@@ -20,7 +20,7 @@ from dinoscale.convert.weights_file import load_backbone as load_network
 from dinoscale.data.augmentation.multi_crop import eval_transform
 from dinoscale.data.augmentation.normalize import normalize_images
 from dinoscale.data.decoding.decode import Decoder
-from dinoscale.models.resnet import ResNet50
+from dinoscale.models.convnet import ConvNet
 from dinoscale.models.vit import VisionTransformer
 
 
@@ -39,7 +39,7 @@ class Features(NamedTuple):
 
 
 class Backbone(nn.Module):
-    """A trained ViT or ResNet-50 over images (N, C, H, W) of one size.
+    """A trained ViT, ResNet or ConvNeXt over images (N, C, H, W) of one size.
 
     Images may have any height and width that are multiples of the patch size; the position
     embedding is resized for them by the reference's rule (`models.vit.resize_pos_embed`).
@@ -48,10 +48,10 @@ class Backbone(nn.Module):
         network: the backbone; its parameters have the names of the authors' code and of timm.
         card: its architecture, preprocessing and source.
         embed_dim: D.
-        patch_size: p in pixels; 1 for a ResNet-50.
+        patch_size: p in pixels; 1 for others than a ViT.
     """
 
-    def __init__(self, network: VisionTransformer | ResNet50, card: BackboneCard) -> None:
+    def __init__(self, network: VisionTransformer | ConvNet, card: BackboneCard) -> None:
         super().__init__()
         self.network = network
         self.card = card
@@ -124,7 +124,9 @@ class Backbone(nn.Module):
 
     def _vit(self) -> VisionTransformer:
         if not isinstance(self.network, VisionTransformer):
-            raise ValueError("a ResNet-50 has neither patch tokens nor attention; call it instead")
+            raise ValueError(
+                f"a {self.network.name} has neither patch tokens nor attention; call it instead"
+            )
         return self.network
 
     def _require_whole_patches(self, images: Tensor) -> None:

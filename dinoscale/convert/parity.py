@@ -18,8 +18,8 @@ from dinoscale.convert.weights import Adapted, Weights
 from dinoscale.convert.weights_file import build, build_head
 from dinoscale.errors import ConversionError
 from dinoscale.models.block import add_adapters
+from dinoscale.models.convnet import ConvNet
 from dinoscale.models.heads import DinoHead
-from dinoscale.models.resnet import ResNet50
 from dinoscale.models.vit import VisionTransformer
 from dinoscale.models.zoo import build_backbone
 
@@ -86,14 +86,14 @@ class Agreement:
 
 
 def our_forward(
-    backbone: VisionTransformer | ResNet50,
+    backbone: VisionTransformer | ConvNet,
     head: DinoHead | None = None,
     patch_head: DinoHead | None = None,
 ) -> Forward:
     """The forward of one of our backbones, with its projection heads if there are any."""
 
     def forward(images: Tensor) -> Outputs:
-        if isinstance(backbone, ResNet50):
+        if isinstance(backbone, ConvNet):
             outputs: dict[str, Tensor] = {"cls": backbone([images])}
         else:
             tokens = backbone.features(images)

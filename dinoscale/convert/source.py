@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dinoscale.convert.card import parse_card
+from dinoscale.convert.formats.convnets import from_convnext, is_convnext
 from dinoscale.convert.formats.dinov3 import dinov3_card, dinov3_shape, from_dinov3, is_dinov3
 from dinoscale.convert.formats.hf_dinov3 import is_hf_dinov3, read_hf_dinov3
 from dinoscale.convert.formats.huggingface import is_huggingface, read_huggingface
@@ -79,6 +80,8 @@ def _weights_of(content: Content, *, network: Network, num_heads: int | None) ->
         licence = parse_card(content.card).licence
     elif weights.is_rotary:
         licence = licence_note(content, "dinov3")
+    elif is_convnext(weights.backbone):
+        licence = licence_note(content, "convnext")
     else:
         licence = licence_note(content, "dinov2" if is_dinov2(weights.backbone) else "dino")
     return replace(weights, card=replace(weights.card, licence=licence))
@@ -93,7 +96,11 @@ def _as_written(content: Content, *, network: Network, num_heads: int | None) ->
         return read_huggingface(state, content, num_heads=num_heads)
     as_authors = is_dinov3(state)
     as_timm = is_timm_dinov3(state, settings, ours=content.card is not None)
-    if as_authors or as_timm:
+    if is_convnext(state):
+        renamed, outside = from_convnext(state)
+        parts = split(renamed)
+        parts = replace(parts, left_out=(*parts.left_out, *outside))
+    elif as_authors or as_timm:
         parts = split(from_dinov3(state) if as_authors else from_timm_dinov3(state))
     else:
         parts = split(state)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dinoscale.engine.build import StepZero
-from dinoscale.models.resnet import ResNet50
+from dinoscale.models.convnet import ConvNet
 from dinoscale.models.vit import VisionTransformer
 
 # Relative rounding: a float32 sum of K products in another order differs by some sqrt(K / 3) 2^-24,
@@ -33,7 +33,7 @@ _SEED = 0
 # every rule for the coordinates of the longer side finds the same.
 _FEW_PATCHES = (3, 5)
 
-Backbone = VisionTransformer | ResNet50
+Backbone = VisionTransformer | ConvNet
 
 
 def compare_at_start(
@@ -90,8 +90,9 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
 
 def input_channels(backbone: Backbone) -> int:
     """Channels of a picture that a backbone takes."""
-    is_resnet = isinstance(backbone, ResNet50)
-    first: Any = backbone.get_submodule("conv1" if is_resnet else "patch_embed.proj")
+    if isinstance(backbone, ConvNet):
+        return backbone.in_chans
+    first: Any = backbone.get_submodule("patch_embed.proj")
     return int(first.in_channels)
 
 
@@ -109,8 +110,8 @@ def _pictures(channels: int, of_run: int, *, shape: tuple[int, int]) -> tuple[Te
 
 
 def _tokens(backbone: Backbone, pictures: Tensor) -> Tensor:
-    """All tokens through the final norm (N, L, D); of a ResNet its features (N, 1, D)."""
-    if isinstance(backbone, ResNet50):
+    """All tokens through the final norm (N, L, D); of others their features (N, 1, D)."""
+    if isinstance(backbone, ConvNet):
         features: Tensor = backbone([pictures])
         return features[:, None]
     return backbone.features(pictures)

@@ -20,8 +20,8 @@ from dinoscale.convert.read_files import remove_cards_of
 from dinoscale.convert.source import read_source
 from dinoscale.convert.weights import Network, Weights
 from dinoscale.errors import CheckpointError, ConfigError
+from dinoscale.models.convnet import ConvNet
 from dinoscale.models.heads import DinoHead
-from dinoscale.models.resnet import ResNet50
 from dinoscale.models.vit import VisionTransformer
 from dinoscale.models.zoo import build_backbone
 from dinoscale.runtime.outputs import require_ours, staging_folder, swap, write_tensors
@@ -64,7 +64,7 @@ def save_backbone(path: str | Path, state: Mapping[str, Tensor], card: BackboneC
 
 def load_backbone(
     path: str | Path, *, network: Network = "teacher", num_heads: int | None = None
-) -> tuple[VisionTransformer | ResNet50, BackboneCard]:
+) -> tuple[VisionTransformer | ConvNet, BackboneCard]:
     """Build the backbone of any source of weights.
 
     Args:
@@ -90,7 +90,7 @@ def load_backbone(
     return backbone, weights.card
 
 
-def build(weights: Weights) -> tuple[VisionTransformer | ResNet50, Coverage]:
+def build(weights: Weights) -> tuple[VisionTransformer | ConvNet, Coverage]:
     """Build the backbone of weights; all tensors must fit.
 
     Returns:

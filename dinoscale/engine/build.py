@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from dinoscale.config import ModelConfig
 from dinoscale.config.resolve import RunPlan
 from dinoscale.config.schema import RunConfig
-from dinoscale.config.sections.backbones import RESNET50
 from dinoscale.config.sections.training import CurveConfig
 from dinoscale.engine.frozen.features import FeatureTeacher
 from dinoscale.engine.frozen.gram import GramNetwork, crop_size_of
@@ -24,9 +23,9 @@ from dinoscale.engine.student import Student, gather_whole_blocks
 from dinoscale.engine.teacher import Teacher
 from dinoscale.errors import ConfigError
 from dinoscale.models.block import add_adapters
+from dinoscale.models.convnet import ConvNet
 from dinoscale.models.heads import DinoHead
 from dinoscale.models.network import DinoNetwork, FeatureNetwork, TokenNetwork
-from dinoscale.models.resnet import ResNet50
 from dinoscale.models.rope import Rope
 from dinoscale.models.sync_bn import convert_sync_batch_norm
 from dinoscale.models.vit import VisionTransformer
@@ -109,7 +108,7 @@ def _configure_student(student: DinoNetwork, config: RunConfig) -> None:
     _set_drop_path(student.backbone, config)
 
 
-def _set_drop_path(backbone: VisionTransformer | ResNet50, config: RunConfig) -> None:
+def _set_drop_path(backbone: VisionTransformer | ConvNet, config: RunConfig) -> None:
     if config.model.drop_path_mode == "subset":
         backbone.subset_rate = config.model.drop_path_rate
         backbone.subset_uniform = config.model.drop_path_uniform
@@ -121,7 +120,7 @@ def _build_network(config: RunConfig) -> DinoNetwork:
     return network
 
 
-def _backbone(config: RunConfig) -> VisionTransformer | ResNet50:
+def _backbone(config: RunConfig) -> VisionTransformer | ConvNet:
     model = config.model
     return build_backbone(
         model.backbone,
@@ -133,7 +132,7 @@ def _backbone(config: RunConfig) -> VisionTransformer | ResNet50:
         in_chans=config.data.channels,
         position_resize=model.position_resize,
         # A frozen teacher without patches may stand beside a patch loss.
-        mask_token=config.ibot.loss_weight > 0 and model.backbone != RESNET50,
+        mask_token=config.ibot.loss_weight > 0 and model.convnet is None,
         local_norm=model.local_norm,
         **layers_of(model),
     )

@@ -1,6 +1,5 @@
 """Sizes of a run's network and crops, from which memory, time and communication follow."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 from torch import nn
@@ -12,8 +11,8 @@ from dinoscale.engine.frozen.gram import crop_size_of
 from dinoscale.engine.param_groups import param_groups
 from dinoscale.errors import ConfigError
 from dinoscale.models.block import Block
+from dinoscale.models.convnet import ConvNet, ForwardCounts, forward_counts
 from dinoscale.models.network import DinoNetwork
-from dinoscale.models.stochastic_depth import kept_images
 from dinoscale.models.vit import VisionTransformer
 
 
@@ -79,7 +78,8 @@ class Dims:
         trains_projection: whether the patch projection trains.
         frozen_teacher: counts of the network of another run that gives the targets, and of the
             patches that the student is asked about; None where the average gives them.
-        followed: counts of a frozen teacher's backbone whose features are followed; None without.
+        followed: counts of a frozen teacher's backbone whose features are followed, of others than
+            a ViT those of its forward alone; None without.
         followed_patches: whether those of patches are.
         mixture: with sizes that differ from step to step, of which these are the largest: the
             share of the steps and the counts of each; empty with one size.
@@ -119,7 +119,7 @@ class Dims:
     skipped: tuple[int, ...] = ()
     trains_projection: bool = True
     frozen_teacher: "Dims | None" = None
-    followed: "Dims | None" = None
+    followed: "Dims | ForwardCounts | None" = None
     followed_patches: bool = False
     mixture: tuple[tuple[float, "Dims"], ...] = ()
 
@@ -238,9 +238,14 @@ def _with_teacher(dims: Dims, config: RunConfig, network: DinoNetwork) -> Dims:
 
 def _with_followed(dims: Dims, config: RunConfig, network: DinoNetwork) -> Dims:
     """The student's counts with those of the backbone whose features it follows."""
-    backbone = replace(_dims_of_size(config.of_teacher, network, "distill.model"), head=0)
+    followed: Dims | ForwardCounts
+    if isinstance(network.backbone, ConvNet):
+        size = config.crops.global_size
+        followed = forward_counts(network.backbone.eval(), images=NUM_GLOBAL, size=size)
+    else:
+        followed = replace(_dims_of_size(config.of_teacher, network, "distill.model"), head=0)
     patches = config.distill.patch_feature_weight > 0
-    return replace(dims, followed=backbone, followed_patches=patches)
+    return replace(dims, followed=followed, followed_patches=patches)
 
 
 def _dims_of_size(config: RunConfig, network: DinoNetwork, section: str = "model") -> Dims:
@@ -377,71 +382,6 @@ def flops_of(dims: Dims) -> StepFlops:
     )
 
 
-def dropped_flops(dims: Dims, *, micro_batch_size: int) -> float:
-    """FLOPs per image that `flops_of` counts and stochastic depth leaves out, forward and backward.
-
-    On average over the steps of a mixture of sizes; 0 where branches are computed and multiplied.
-    """
-    return sum(
-        share
-        * (
-            dropped_forward_flops(part, micro_batch_size=micro_batch_size)
-            + _dropped_backward_flops(part, micro_batch_size=micro_batch_size)
-        )
-        for share, part in dims.of_sizes
-    )
-
-
-def dropped_forward_flops(dims: Dims, *, micro_batch_size: int, attention: bool = True) -> float:
-    """FLOPs per image of the student's branches that are not computed in a forward of one size.
-
-    Args:
-        dims: with one size.
-        micro_batch_size: images whose crops share the dropped branches out.
-        attention: count the products of queries, keys and values too, not the linear layers alone.
-    """
-    of_all = sum(
-        _block_flops(dims, tokens, attention=attention) * sum(dropped)
-        for tokens, dropped in _dropped(dims, micro_batch_size)
-    )
-    return of_all / micro_batch_size
-
-
-def _dropped_backward_flops(dims: Dims, *, micro_batch_size: int) -> float:
-    """The same of the backward, of whose products in a block `skipped` are not counted either."""
-    first = dims.first_backward
-    skipped = dims.skipped or (0,) * (dims.depth - first)
-    of_all = sum(
-        2 * (_block_flops(dims, tokens) - tokens * scalars) * crops
-        for tokens, dropped in _dropped(dims, micro_batch_size)
-        for scalars, crops in zip(skipped, dropped[first:], strict=True)
-    )
-    return of_all / micro_batch_size
-
-
-def _block_flops(dims: Dims, tokens: int, *, attention: bool = True) -> int:
-    """FLOPs of a block's forward over one crop."""
-    products = 4 * tokens**2 * dims.embed_dim if attention else 0
-    return 2 * tokens * dims.block_matrices + products
-
-
-def _dropped(dims: Dims, micro_batch_size: int) -> Iterator[tuple[int, list[int]]]:
-    """Tokens of a crop, and of how many of a micro-batch's each block leaves a branch out."""
-    if not dims.subset_rate:
-        return
-    for crops, size in ((NUM_GLOBAL, dims.global_size), (dims.num_local, dims.local_size)):
-        if not crops:
-            continue
-        images = crops * micro_batch_size
-        kept = kept_images(
-            images,
-            depth=dims.depth,
-            drop_path_rate=dims.subset_rate,
-            uniform=dims.subset_uniform,
-        )
-        yield dims.num_special + (size // dims.patch_size) ** 2, [images - each for each in kept]
-
-
 def _flops_of_size(dims: Dims) -> StepFlops:
     own = _flops_of_networks(dims)
     if not dims.prototypes:  # nobody asks the average
@@ -453,7 +393,9 @@ def _flops_of_size(dims: Dims) -> StepFlops:
             own,
             student_head=own.student_head + maps,
             student_backward=own.student_backward + 2 * maps,
-            followed=_flops_of_networks(dims.followed).student_global,
+            followed=dims.followed.flops
+            if isinstance(dims.followed, ForwardCounts)
+            else _flops_of_networks(dims.followed).student_global,
         )
     if dims.frozen_teacher is None:
         return own

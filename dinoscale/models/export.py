@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dinoscale.models.block import mask_key_bias
 from dinoscale.models.rope import Rope
 from dinoscale.models.vit import PositionResize, position_rule
-from dinoscale.models.zoo import Layers, own_layers, timm_vit, torchvision_resnet50
+from dinoscale.models.zoo import Layers, own_layers, timm_vit, torchvision_resnet
 
 
 def build_plain(
@@ -54,7 +54,7 @@ def build_plain(
         ConfigError: as `zoo.build_backbone` does.
     """
     if name == "resnet50":
-        return PlainResNet50(torchvision_resnet50(in_chans=in_chans))
+        return PlainResNet50(torchvision_resnet(name, in_chans=in_chans))
     chosen = Layers(**layers).over(own_layers(name))
     source = timm_vit(
         name,

@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from dinoscale.models.convnet import ConvNet
 from dinoscale.models.heads import DinoHead
-from dinoscale.models.resnet import ResNet50
 from dinoscale.models.vit import VisionTransformer
 
 MAPS = ("class_map.", "patch_map.")  # how the tensors of maps begin, see `DinoNetwork`
@@ -74,7 +74,7 @@ class DinoNetwork(nn.Module):
     patch_map.*.
     """
 
-    backbone: VisionTransformer | ResNet50
+    backbone: VisionTransformer | ConvNet
     head: DinoHead | None
     patch_head: DinoHead | None
     class_map: nn.Linear | None
@@ -82,7 +82,7 @@ class DinoNetwork(nn.Module):
 
     def __init__(
         self,
-        backbone: VisionTransformer | ResNet50,
+        backbone: VisionTransformer | ConvNet,
         head: DinoHead | None,
         patch_head: DinoHead | None = None,
         class_map: nn.Linear | None = None,
@@ -205,12 +205,11 @@ class TokenNetwork(nn.Module):
 class FeatureNetwork(nn.Module):
     """A backbone of any kind, for its features; parameters are named backbone.*."""
 
-    backbone: VisionTransformer | ResNet50
+    backbone: VisionTransformer | ConvNet
 
-    def __init__(self, backbone: VisionTransformer | ResNet50, *, patches: bool) -> None:
-        """Take a backbone, and whether patch tokens are wanted, which a ResNet-50 has not."""
+    def __init__(self, backbone: VisionTransformer | ConvNet, *, patches: bool) -> None:
+        """Take a backbone, and whether patch tokens are wanted, or the last map's places."""
         super().__init__()
-        assert not patches or isinstance(backbone, VisionTransformer)
         self.backbone = backbone
         self._patches = patches
 
@@ -218,7 +217,8 @@ class FeatureNetwork(nn.Module):
         """Features of images (N, C, H, W), normalised pixels, after the final norm.
 
         Returns:
-            Class tokens, or pooled features (N, D); patch tokens (N, P, D), None if not wanted.
+            Class tokens, or pooled features (N, D); patch tokens, or the places of the last map
+            (N, P, D), None if not wanted.
         """
         if not self._patches:
             return self.backbone([images]), None

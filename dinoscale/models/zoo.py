@@ -1,4 +1,4 @@
-"""Backbones by name: every timm ViT our forward reproduces, and ResNet-50.
+"""Backbones by name: every timm ViT our forward reproduces, ResNets and ConvNeXts.
 
 The only module that imports timm, and only when a backbone is built.
 """
@@ -15,7 +15,7 @@ from torch import nn
 
 from dinoscale.errors import ConfigError
 from dinoscale.models._torchvision import ensure_torchvision
-from dinoscale.models.resnet import ResNet50
+from dinoscale.models.convnet import ConvNet
 from dinoscale.models.rope import Rope
 from dinoscale.models.vit import PositionResize, VisionTransformer
 
@@ -37,6 +37,10 @@ _DINOV3_SIZES: dict[str, dict[str, int]] = {
     "huge_plus": {"embed_dim": 1280, "depth": 32, "num_heads": 20},
     "7b": {"embed_dim": 4096, "depth": 40, "num_heads": 32},
 }
+_CONVNET = re.compile(
+    r"(resnet(?:18|34|50|101|152)|convnext_(?:atto|femto|pico|nano|tiny|small|base|large|xlarge))"
+    r"(?:\..*)?"  # a tag of weights
+)
 _MLP_RATIO, _SWIGLU_MULTIPLE = 4.0, 8  # of all models of which nothing else is known
 
 
@@ -107,14 +111,14 @@ def build_backbone(
     mask_token: bool = False,
     local_norm: bool = False,
     **layers: Any,
-) -> VisionTransformer | ResNet50:
+) -> VisionTransformer | ConvNet:
     """Build a backbone with fresh weights.
 
     ViT weights start as in the authors' code: `init_weights`.
 
     Args:
-        name: a timm ViT, `vit_{tiny,small,base,large}_patch{8,16}_224`, `vit_*_patch16_dinov3` or
-            `resnet50`.
+        name: a timm ViT, `vit_{tiny,small,base,large}_patch{8,16}_224`, `vit_*_patch16_dinov3`,
+            `resnet{18,34,50,101,152}` or `convnext_{atto,...,xlarge}`.
         img_size: side in pixels of the images the position embedding is made for.
         patch_size: patch side in pixels; None for the model's own.
         embed_dim: width; None for the model's own.
@@ -138,10 +142,11 @@ def build_backbone(
         "num_heads": num_heads,
     }
     ensure_torchvision()
-    if name == "resnet50":
+    if match := _CONVNET.fullmatch(name):
         of_vits = {"position_resize": position_resize, "mask_token": mask_token or None}
-        _require_none({**sizes, **layers, "norm_eps": None, **of_vits, "local_norm": local_norm})
-        return ResNet50(torchvision_resnet50(in_chans=in_chans))
+        of_vits |= {**sizes, **layers, "norm_eps": None, "local_norm": local_norm}
+        _require_none(of_vits, name=match[1])
+        return _convnet(match[1], in_chans=in_chans)
     chosen = Layers(**layers).over(own_layers(name))
     source = timm_vit(name, img_size=img_size, in_chans=in_chans, layers=chosen, **sizes)
     model = VisionTransformer(
@@ -156,11 +161,11 @@ def build_backbone(
     return model
 
 
-def _require_none(only_vits: Mapping[str, object]) -> None:
-    """Refuse the arguments of a ViT that a ResNet is given."""
+def _require_none(only_vits: Mapping[str, object], *, name: str) -> None:
+    """Refuse the arguments of a ViT that a convolutional network is given."""
     given = [key for key, value in only_vits.items() if value is not None and value is not False]
     if given:
-        raise ConfigError(f"model.{given[0]}: resnet50 has none")
+        raise ConfigError(f"model.{given[0]}: {name} has none")
 
 
 def timm_vit(
@@ -415,12 +420,25 @@ def init_weights(model: VisionTransformer) -> None:
     model.patch_embed.proj.reset_parameters()
 
 
-def torchvision_resnet50(*, in_chans: int) -> Any:
-    """Build torchvision's own ResNet-50 with fresh weights, for images of any channels."""
+def _convnet(name: str, *, in_chans: int) -> ConvNet:
+    """Build one with fresh weights, as the library has them."""
+    if name.startswith("resnet"):
+        source = torchvision_resnet(name, in_chans=in_chans)
+        layers = [each for each in source.named_children() if each[0] not in ("avgpool", "fc")]
+        return ConvNet(name, layers, embed_dim=source.fc.in_features)
+    import timm
+
+    source = timm.create_model(name, pretrained=False, num_classes=0, in_chans=in_chans)
+    layers = [("stem", source.stem), ("stages", source.stages)]
+    return ConvNet(name, layers, embed_dim=source.num_features, norm=source.head.norm)
+
+
+def torchvision_resnet(name: str, *, in_chans: int) -> Any:
+    """Build torchvision's own ResNet with fresh weights, for images of any channels."""
     ensure_torchvision()
     import torchvision
 
-    source = torchvision.models.resnet50(weights=None)
+    source = getattr(torchvision.models, name)(weights=None)
     if in_chans != 3:  # as torchvision builds and initializes it
         source.conv1 = nn.Conv2d(in_chans, 64, kernel_size=7, stride=2, padding=3, bias=False)
         nn.init.kaiming_normal_(source.conv1.weight, mode="fan_out", nonlinearity="relu")

@@ -39,12 +39,15 @@ TEACHER = {
     "depth": 3,
     "num_heads": 4,
 }
-# Loss, stage and images of a micro-batch; beside DINO and iBOT, or alone.
+CONVNEXT = {"backbone": "convnext_atto"}
+# Loss, stage and images of a micro-batch; beside DINO and iBOT, or alone, also of a ConvNeXt.
 JOBS = {
     "alone_0": ("smooth_l1", 0, 3),
     "alone_3": ("smooth_l1", 3, 1),
     "beside_0": ("cosine", 0, 3),
     "beside_3": ("cosine", 3, 1),
+    "convnext_0": ("cosine", 0, 3),
+    "convnext_3": ("cosine", 3, 1),
 }
 RESUMED = ("alone_3",)
 BACKBONE = "backbone."
@@ -55,7 +58,7 @@ def _config(job: str) -> RunConfig:
     changes: dict[str, Any] = {
         "distill": {
             "teacher": "given",
-            "model": TEACHER,
+            "model": CONVNEXT if job.startswith("convnext") else TEACHER,
             "class_feature_weight": CLASS,
             "patch_feature_weight": PATCH,
             "feature_loss": kind,
@@ -64,7 +67,7 @@ def _config(job: str) -> RunConfig:
         "engine": {"zero_stage": stage, "precision": "fp32"},
         "optim": {"lr": 0.02, "clip_grad": 0.0},
     }
-    if job.startswith("alone"):
+    if not job.startswith("beside"):
         crops = {"global_size": 32, "num_local": 0}
         return tiny_config(**changes, crops=crops, dino={"loss_weight": 0.0, "momentum": 0.5})
     sections = dinov2("centering", patch_head=True, **changes)
@@ -308,6 +311,13 @@ def test_beside_the_own_objectives_they_are_the_cosines_of_crops_without_a_mask(
     exact, rounded = _first_beside(torch.float64), _first_beside(torch.float32)
     bound = NUMBERS * (largest_relative(rounded, exact) + EPS)
     assert [followed[job][name][0] for name in TERMS] == pytest.approx(exact, rel=bound)
+
+
+def test_a_convnext_teaches_at_any_stage(followed: dict[str, dict[str, Any]]) -> None:
+    whole, sharded = followed["convnext_0"], followed["convnext_3"]
+    for name in ("loss", *TERMS):
+        assert sharded[name] == pytest.approx(whole[name], rel=1e4 * EPS), name
+    assert whole["loss"][-1] < 0.8 * whole["loss"][0]
 
 
 @pytest.mark.parametrize("job", RESUMED)

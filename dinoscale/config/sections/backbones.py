@@ -15,10 +15,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from dinoscale.config.sections.convnets import CONVNETS, ConvNetSize, named_convnet
 from dinoscale.config.sections.fields import Count, CountOrZero, Positive, PositiveOrZero, Section
 
 RESNET50 = "resnet50"
-RESNET50_EMBED_DIM = 2048  # channels of the last stage, averaged over the image
 RESNET50_PARAMETERS = (
     23_508_032  # of RGB, He et al. 2015 (arXiv:1512.03385), without the classifier
 )
@@ -271,7 +271,8 @@ class ModelConfig(Section):
     backbone: str = Field(
         default="vit_small_patch16_224",
         min_length=1,
-        description="A timm ViT name, or 'resnet50'. Source: [C] vit_small, patch 16.",
+        description="A timm ViT name, or 'resnet50'; of a frozen teacher whose features are "
+        "learned also another ResNet or a ConvNeXt. Source: [C] vit_small, patch 16.",
     )
     patch_size: Count | None = Field(default=None, description="Side of a patch in pixels.")
     embed_dim: Count | None = Field(default=None, description="Width of a token.")
@@ -353,15 +354,20 @@ class ModelConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _no_drop_path_in_resnet(cls, values: object) -> object:
-        if not isinstance(values, Mapping) or values.get("backbone") != RESNET50:
+        if not isinstance(values, Mapping) or named_convnet(str(values.get("backbone"))) is None:
             return values
         return {"drop_path_rate": 0.0, **values}
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "ModelConfig":
-        if self.backbone == RESNET50:
+        if self.convnet is not None:
             self._refuse_vit_sizes()
             return self
+        if self.effective_patch_size is None and self.backbone.startswith(("resnet", "convnext")):
+            raise ValueError(
+                f"backbone: {self.backbone!r} is none of the ResNets and ConvNeXts that can be "
+                f"built: {', '.join(CONVNETS)}"
+            )
         if self.effective_patch_size is None:
             raise ValueError(
                 f"backbone: no patch size in {self.backbone!r}; name a timm ViT such as "
@@ -403,6 +409,11 @@ class ModelConfig(Section):
         return self
 
     @property
+    def convnet(self) -> ConvNetSize | None:
+        """Its size if it is a convolutional network; None of a ViT."""
+        return named_convnet(self.backbone)
+
+    @property
     def rotates(self) -> bool:
         """Whether positions are rotary."""
         named = named_vit_size(self.backbone)
@@ -433,24 +444,24 @@ class ModelConfig(Section):
         values = {key: getattr(self, key) for key in keys}
         given = [k for k, value in values.items() if value is not None and value is not False]
         if given:
-            raise ValueError(f"{given[0]}: {RESNET50} has none, leave it out")
+            raise ValueError(f"{given[0]}: {self.backbone} has none, leave it out")
         if self.drop_path_rate:
             raise ValueError(
-                f"drop_path_rate: {RESNET50} has no stochastic depth, "
+                f"drop_path_rate: {self.backbone} has no stochastic depth, "
                 f"need 0.0, got {self.drop_path_rate}"
             )
 
     @property
     def width(self) -> int | None:
         """D, from `embed_dim` or the name; None where neither tells."""
-        if self.backbone == RESNET50:
-            return RESNET50_EMBED_DIM
+        if self.convnet is not None:
+            return self.convnet.widths[-1]
         named = named_vit_size(self.backbone)
         return self.embed_dim or (named.embed_dim if named else None)
 
     @property
     def effective_patch_size(self) -> int | None:
-        """Patch side in pixels, from `patch_size` or the name; None for resnet50."""
-        if self.backbone == RESNET50:
+        """Patch side in pixels, from `patch_size` or the name; None of a convolutional network."""
+        if self.convnet is not None:
             return None
         return self.patch_size or named_patch_size(self.backbone)

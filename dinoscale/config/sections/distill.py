@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from dinoscale.config.sections.backbones import RESNET50, ModelConfig
+from dinoscale.config.sections.convnets import STRIDE
 from dinoscale.config.sections.crops import not_whole_patches
 from dinoscale.config.sections.fields import PathText, PositiveOrZero, Section
 from dinoscale.config.sections.heads import HeadConfig
@@ -54,13 +55,14 @@ class DistillConfig(Section):
     )
     class_feature_weight: PositiveOrZero = Field(
         default=0.0,
-        description="Weight of the distances of class features: class tokens, or what a ResNet "
-        "pools; 0: none. [D].",
+        description="Weight of the distances of class features: class tokens, or what a ResNet or "
+        "ConvNeXt pools, after its norm; 0: none. [D].",
     )
     patch_feature_weight: PositiveOrZero = Field(
         default=0.0,
         description="Weight of the distances of patch tokens, a mean over patches; 0: none. "
-        "Another grid of the teacher's is resized bilinearly to the student's. [D].",
+        "Another grid of the teacher's is resized bilinearly to the student's; that of a ResNet or "
+        "ConvNeXt is its last map, of 32 pixels a place. [D].",
     )
     feature_loss: Literal["cosine", "smooth_l1"] = Field(
         default="cosine",
@@ -164,9 +166,12 @@ class DistillConfig(Section):
                 f"distill.model.embed_dim: the width of {teacher.backbone!r} is not known by its "
                 "name; give it"
             )
-        if self.patch_feature_weight and RESNET50 in (model.backbone, teacher.backbone):
-            mistakes.append(f"distill.patch_feature_weight: {RESNET50} has no tokens, need 0.0")
+        if self.patch_feature_weight and model.convnet is not None:
+            text = f"{model.backbone} has no tokens, need 0.0"
+            mistakes.append(f"distill.patch_feature_weight: {text}")
         patch = teacher.effective_patch_size
+        if patch is None and (self.patch_feature_weight or not _pads(teacher)):
+            patch = STRIDE
         if patch is not None and not mistakes:
             for size in sizes:
                 of_size = not_whole_patches({"crops.global_size": size}, patch)
@@ -177,6 +182,11 @@ class DistillConfig(Section):
         if self.model is None:
             return []
         patch = self.model.effective_patch_size
+        if self.model.convnet is not None and self.model.backbone != RESNET50:
+            return [
+                f"distill.model.backbone: {self.model.backbone!r} teaches by its features alone; "
+                "give distill.class_feature_weight or distill.patch_feature_weight"
+            ]
         if patch is None:
             of_patches = f"distill.model.backbone: {RESNET50} has no patches to teach; need a ViT"
             return [f"{of_patches}, or ibot.loss_weight=0.0"] if teaches_patches else []
@@ -199,3 +209,8 @@ class DistillConfig(Section):
                     "need as many"
                 )
         return list(dict.fromkeys(mistakes))  # one head may have both kinds of tokens
+
+
+def _pads(teacher: ModelConfig) -> bool:
+    """Whether a convolutional network takes images that are not whole places of its last map."""
+    return teacher.backbone.startswith("resnet")

@@ -12,7 +12,7 @@ from typing import Literal
 
 from dinoscale.convert.read_files import Content
 
-Family = Literal["dino", "dinov2", "dinov3"]
+Family = Literal["dino", "dinov2", "dinov3", "convnext"]
 
 _LAYOUTS: dict[Family, str] = {
     "dino": "of DINO and of other networks: those that DINO's authors released are under"
@@ -21,6 +21,9 @@ _LAYOUTS: dict[Family, str] = {
     "dinov3": "of DINOv3: those that its authors released are under the DINOv3 License, which also"
     " binds what is trained from them"
     " (https://ai.meta.com/resources/models-and-libraries/dinov3-license/)",
+    "convnext": "of ConvNeXt: those that DINOv3's authors released are under the DINOv3 License,"
+    " which also binds what is trained from them"
+    " (https://ai.meta.com/resources/models-and-libraries/dinov3-license/), and others are not",
 }
 _STATED = re.compile(r"^(license_name|license): *[\"']?([\w.+-][\w .+-]{0,63})", re.MULTILINE)
 

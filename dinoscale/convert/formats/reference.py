@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dinoscale.config.sections.backbones import VIT_SIZES
 from dinoscale.convert.card import BackboneCard, BackboneShape
+from dinoscale.convert.formats.convnets import convnet_name
 from dinoscale.convert.weights import Network
 from dinoscale.errors import CheckpointError
 from dinoscale.models.weight_names import from_reference
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 
 HEAD_DIM = 64  # embed_dim / num_heads of every ViT of the reference
 VIT_NAMES = {size[0]: f"vit_{name}" for name, size in VIT_SIZES.items()}  # by embed_dim
-RESNET50_IMG_SIZE = 224  # pixels; a ResNet has no position embedding that shows it
+CONVNET_IMG_SIZE = 224  # pixels; a ResNet has no position embedding that shows it
 IMAGENET_MEAN: tuple[float, ...] = (0.485, 0.456, 0.406)
 IMAGENET_STD: tuple[float, ...] = (0.229, 0.224, 0.225)
 RESIZE_TO_CROP = 256 / 224  # the reference evaluates the center 224 of 256 pixels
@@ -233,11 +234,12 @@ def guess_shape(
         num_heads: no tensor shows it; used if `args` do not have it; None takes embed_dim / 64.
 
     Raises:
-        CheckpointError: the tensors are not those of a ViT or a ResNet-50.
+        CheckpointError: the tensors are not those of a ViT, a ResNet or a ConvNeXt.
     """
-    if "layer4.2.conv3.weight" in state and "layer3.5.conv3.weight" in state:
-        channels = _channels(state, "conv1.weight")
-        return BackboneShape(name="resnet50", img_size=RESNET50_IMG_SIZE, in_chans=channels)
+    name = convnet_name(state)
+    if name is not None:
+        channels = _channels(state, "conv1.weight" if "resnet" in name else "stem.0.weight")
+        return BackboneShape(name=name, img_size=CONVNET_IMG_SIZE, in_chans=channels)
     return _guess_vit(state, args=args, num_heads=num_heads)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dinoscale.config.sections.backbones import RESNET50
+from dinoscale.config.sections.convnets import named_convnet
 from dinoscale.convert.card import BackboneCard, parse_card
 from dinoscale.convert.formats.dinov3 import dinov3_card
 from dinoscale.convert.formats.reference import guess_shape, reference_card
@@ -46,7 +46,8 @@ def is_timm(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> bool:
     """Whether a backbone state is timm's and not the reference's."""
     if "architecture" in settings:
         return True
-    return "mask_token" not in state and ("reg_token" in state or "blocks.0.ls1.gamma" in state)
+    only_timms = ("reg_token", "blocks.0.ls1.gamma", "stem.0.weight")
+    return "mask_token" not in state and any(name in state for name in only_timms)
 
 
 def timm_card(
@@ -122,7 +123,7 @@ def timm_card(
 
 def _own_num_heads(settings: Mapping[str, Any], *, asked: int | None) -> int | None:
     """Heads of an architecture, with which those that are asked for are compared; else None."""
-    if asked is None or settings["architecture"] == RESNET50:
+    if asked is None or named_convnet(str(settings["architecture"])) is not None:
         return None
     try:
         return own_num_heads(settings["architecture"])

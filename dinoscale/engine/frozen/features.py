@@ -2,7 +2,8 @@
 
 It sees the global crops as they are, in evaluation mode: without masks, stochastic depth or changes
 of rotary coordinates, whatever the student has. Patches of another size in pixels make another
-grid, whose features are resized bilinearly to the student's. How it is sharded: `teacher.py`.
+grid, whose features are resized bilinearly to the student's; a convolutional network has a grid of
+the places of its last map. How it is sharded: `teacher.py`.
 Source: [D] ours.
 """
 

@@ -28,7 +28,7 @@ def chosen_features(backbone: nn.Module, asked: Sequence[str]) -> tuple[str, ...
     usual = _DEFAULT_OF_VIT if isinstance(backbone, VisionTransformer) else (POOLED,)
     for name in asked:
         if name not in known:
-            kind = "a ViT" if isinstance(backbone, VisionTransformer) else "a ResNet-50"
+            kind = "a ViT" if isinstance(backbone, VisionTransformer) else "a convolutional network"
             raise ConfigError(f"features: {kind} has no {name!r}, only {', '.join(known)}")
     return tuple(name for name in known if name in (asked or usual))
 

@@ -23,7 +23,7 @@ from dinoscale.config.resolve import RunPlan, resolve
 from dinoscale.config.sections.backbones import RESNET50
 from dinoscale.data.sources.mixture import source_sizes
 from dinoscale.data.sources.source import Source
-from dinoscale.engine.model_sizes import dims_of, dropped_flops, flops_of
+from dinoscale.engine.model_sizes import dims_of, flops_of
 from dinoscale.errors import ConfigError
 from dinoscale.models.cpu_bf16 import LACKS_BFLOAT16
 from dinoscale.planning.bench.budget import Budget, fit_to_time, in_turns, largest_size, say
@@ -32,6 +32,7 @@ from dinoscale.planning.bench.our_step import OurStep, RandomPictures
 from dinoscale.planning.bench.step_report import as_text
 from dinoscale.planning.bench.tensor_memory import live_bytes, with_peak_bytes
 from dinoscale.planning.bench.timeline import INPUT, OTHER, PARTS, Timeline
+from dinoscale.planning.plan.dropped_branches import dropped_flops
 from dinoscale.runtime import distributed
 from dinoscale.runtime.launcher_env import Process
 from dinoscale.runtime.memory import NO_MEMORY

@@ -4,6 +4,7 @@ Letters as in `memory_model.py`.
 """
 
 from dinoscale.engine.model_sizes import Dims
+from dinoscale.models.convnet import ForwardCounts
 from dinoscale.planning.plan.partition import FP32, Setup
 
 
@@ -19,6 +20,17 @@ def frozen_forward(dims: Dims, setup: Setup, *, pixels: int, tokens: int) -> flo
     pictures = s * images * pixels if setup.bf16 else 0
     inputs = 2 * s * images * tokens * dims.embed_dim  # of the block and of its MLP
     return pictures + inputs + widest(dims, setup, tokens=tokens)
+
+
+def followed_forward(dims: Dims, setup: Setup) -> float:
+    """Activations of the backbone whose features are followed, over the global crops."""
+    teacher, pixels = dims.followed, dims.global_pixels
+    if teacher is None:
+        return 0
+    if not isinstance(teacher, ForwardCounts):
+        return frozen_forward(teacher, setup, pixels=pixels, tokens=teacher.global_tokens)
+    pictures = pixels if setup.bf16 else 0
+    return setup.weight_bytes * setup.micro_batch_size * (pictures + teacher.live)
 
 
 def features(dims: Dims, setup: Setup) -> float:

@@ -24,6 +24,7 @@ from dinoscale.planning.plan.activations import (
 from dinoscale.planning.plan.frozen_networks import (
     anchor_features,
     features,
+    followed_forward,
     frozen_forward,
     gram_features,
     kept,
@@ -258,9 +259,8 @@ def _followed_forward(dims: Dims, setup: Setup) -> Terms:
     teacher = dims.followed
     if teacher is None:
         return {}
-    pixels, tokens = dims.global_pixels, teacher.global_tokens
     return {
-        "activations": frozen_forward(teacher, setup, pixels=pixels, tokens=tokens),
+        "activations": followed_forward(dims, setup),
         "loss": _targets(dims, setup) + gram_features(dims, setup) + anchor_features(dims, setup),
         "buffers": _in_flight(teacher.parameters, setup),
     }

@@ -4,9 +4,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from dinoscale.engine.flops import StepFlops
-from dinoscale.engine.model_sizes import Dims, dropped_flops, dropped_forward_flops, flops_of
+from dinoscale.engine.model_sizes import Dims, flops_of
 from dinoscale.models.activation_checkpointing import Recompute
 from dinoscale.planning.plan.communication import Links, Transfer, transfers, waited_s
+from dinoscale.planning.plan.dropped_branches import dropped_flops, dropped_forward_flops
 from dinoscale.planning.plan.memory_model import Peak, peak
 from dinoscale.planning.plan.offload import offload_s
 from dinoscale.planning.plan.partition import Setup

@@ -177,8 +177,10 @@ def test_local_size_is_free_without_local_crops() -> None:
 
 
 def test_backbone_without_a_patch_size_is_explained() -> None:
+    (message,) = _messages(model__backbone="swin_tiny")
+    assert message.startswith("model.backbone: no patch size in 'swin_tiny'; name a timm ViT")
     (message,) = _messages(model__backbone="resnet18")
-    assert message.startswith("model.backbone: no patch size in 'resnet18'; name a timm ViT")
+    assert message.startswith("model.backbone: 'resnet18' can only be a frozen teacher whose feat")
     assert _config(model__backbone="vit_odd", model__patch_size=16).model.patch_size == 16
 
 

@@ -32,6 +32,11 @@ def test_features_beside_the_own_heads_and_alone() -> None:
         model={"backbone": "resnet50"}, dino={"loss_weight": 0.0}, crops={"num_local": 0}
     )
     assert resnet.of_teacher.model.width == 768
+    for name, width in (("convnext_large.dinov3_lvd1689m", 1536), ("resnet34", 512)):
+        both = _parsed({"model": {"backbone": name}, "patch_feature_weight": 1.0})
+        assert both.of_teacher.model.width == width
+    odd = {"global_size": 208}
+    assert _parsed({"model": {"backbone": "resnet18"}}, crops=odd).distill.by_features
 
 
 def test_a_phase_has_the_maps_and_heads_of_the_one_before() -> None:
@@ -67,9 +72,32 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         _config({"model": {"backbone": "vit_so400m_patch14_siglip_224"}}),
         "distill.model.embed_dim: the width of 'vit_so400m_patch14_siglip_224' is not known",
     ),
-    "patches_of_a_resnet": (
-        _config({"model": {"backbone": "resnet50"}, "patch_feature_weight": 1.0}),
-        "distill.patch_feature_weight: resnet50 has no tokens, need 0.0",
+    "unknown_convnext": (
+        _config({"model": {"backbone": "convnextv2_tiny"}}),
+        "distill.model.backbone: 'convnextv2_tiny' is none of the ResNets and ConvNeXts",
+    ),
+    "sizes_of_a_convnext": (
+        _config({"model": {"backbone": "convnext_tiny", "depth": 3}}),
+        "distill.model.depth: convnext_tiny has none, leave it out",
+    ),
+    "not_whole_places": (
+        _config(
+            {"model": {"backbone": "resnet18"}, "patch_feature_weight": 1.0},
+            crops={"global_size": 208},
+        ),
+        "208 px is not a multiple of the patch size 32 px; nearest: 192 or 224 (of the frozen",
+    ),
+    "not_whole_places_of_a_convnext": (
+        _config({"model": {"backbone": "convnext_tiny"}}, crops={"global_size": 208}),
+        "208 px is not a multiple of the patch size 32 px",
+    ),
+    "heads_of_a_convnext": (
+        _config({"model": {"backbone": "convnext_tiny"}, "class_feature_weight": 0.0}),
+        "distill.model.backbone: 'convnext_tiny' teaches by its features alone; give distill.cl",
+    ),
+    "a_convnext_as_student": (
+        _config(model={"backbone": "convnext_tiny"}),
+        "model.backbone: 'convnext_tiny' can only be a frozen teacher whose features are learned",
     ),
     "patches_for_a_resnet": (
         _config({"patch_feature_weight": 1.0}, model={"backbone": "resnet50"}),

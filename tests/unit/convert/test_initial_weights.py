@@ -184,7 +184,7 @@ def test_another_architecture_is_refused_and_both_are_named(
 def test_a_resnet_is_refused_by_a_vit(tmp_path: Path) -> None:
     path, _ = _reference(tmp_path)
     model = dict.fromkeys(("patch_size", "embed_dim", "depth", "num_heads"))
-    with pytest.raises(ConfigError, match=r"holds a ViT .* is a ResNet-50"):
+    with pytest.raises(ConfigError, match=r"holds a ViT .* is a resnet50"):
         read_initial_weights(_config(path, model={"backbone": "resnet50", **model}))
 
 

@@ -94,7 +94,7 @@ def test_the_transform_gives_the_channels_of_the_backbone(tmp_path: Path) -> Non
 def test_a_resnet_has_features_and_no_tokens(tmp_path: Path) -> None:
     model, _ = dinoscale.load_backbone(_weights(tmp_path, name="resnet50"))
     assert model(torch.rand(1, 3, 33, 47)).shape == (1, 2048)
-    with pytest.raises(ValueError, match="ResNet-50 has neither"):
+    with pytest.raises(ValueError, match="resnet50 has neither"):
         model.attention_maps(torch.rand(1, 3, 32, 32))
 
 

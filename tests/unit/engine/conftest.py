@@ -11,11 +11,11 @@ from dinoscale.models import zoo
 def shallow_resnet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the name's widths outside of blocks, with a block in each layer, a sixteenth as wide."""
 
-    def shallow(*, in_chans: int) -> Any:
+    def shallow(name: str, *, in_chans: int) -> Any:
         zoo.ensure_torchvision()
         from torchvision.models.resnet import Bottleneck, ResNet
 
-        assert in_chans == 3
+        assert (name, in_chans) == ("resnet50", 3)
         return ResNet(Bottleneck, [1, 1, 1, 1], width_per_group=4)
 
-    monkeypatch.setattr(zoo, "torchvision_resnet50", shallow)
+    monkeypatch.setattr(zoo, "torchvision_resnet", shallow)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dinoscale.errors import ConfigError
-from dinoscale.models.resnet import ResNet50
+from dinoscale.models.convnet import ConvNet
 from dinoscale.models.vit import VisionTransformer
 from dinoscale.models.zoo import adopt, build_backbone, swiglu_width
 
@@ -272,7 +272,7 @@ def test_sizes_that_do_not_fit_are_refused(sizes: dict[str, int], message: str) 
 def test_resnet50_pools_each_resolution_by_itself() -> None:
     torch.manual_seed(0)
     model = build_backbone("resnet50", img_size=224)
-    assert isinstance(model, ResNet50)
+    assert isinstance(model, ConvNet)
     assert model.embed_dim == 2048
     assert sum(p.numel() for p in model.parameters()) == 25557032 - 2049 * 1000
     assert "layer4.2.bn3.running_var" in model.state_dict()

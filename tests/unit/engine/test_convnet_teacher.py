@@ -1,0 +1,179 @@
+"""ConvNeXts and ResNets as frozen teachers of features, against timm's own networks."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dinoscale.config import RunConfig, parse_config, resolve
+from dinoscale.convert.initial_weights import read_frozen_teacher
+from dinoscale.convert.source import read_source
+from dinoscale.engine.build import shapes_only
+from dinoscale.engine.frozen.features import FeatureTeacher
+from dinoscale.engine.micro_batch import MicroBatch
+from dinoscale.engine.model_sizes import dims_of, flops_of
+from dinoscale.errors import CheckpointError, ConfigError
+from dinoscale.losses.patch_grid import resized
+from dinoscale.models.convnet import ConvNet, forward_counts
+from dinoscale.models.network import FeatureNetwork
+from dinoscale.models.sync_bn import convert_sync_batch_norm
+from dinoscale.models.zoo import build_backbone
+from dinoscale.planning.bench.tensor_memory import live_bytes, with_peak_bytes
+from dinoscale.planning.plan.memory_model import peak, persistent
+from tests.unit.plan.tiny import SETUP
+
+ATTO = "convnext_atto"
+SIZE, IMAGES, PATCHES = 64, 2, 64  # patches of 8 x 8 pixels of the student
+MODEL = {
+    "backbone": "vit_tiny_patch16_224",
+    "patch_size": 8,
+    "embed_dim": 24,
+    "depth": 2,
+    "num_heads": 2,
+    "drop_path_rate": 0.0,
+}
+
+
+def _config(path: Path, backbone: str = ATTO, **distill: Any) -> RunConfig:
+    given = {"class_feature_weight": 1.0, "patch_feature_weight": 0.5, **distill}
+    return parse_config(
+        {
+            "model": MODEL,
+            "dino": {"loss_weight": 0.0},
+            "crops": {"global_size": SIZE, "num_local": 0},
+            "distill": {"teacher": str(path), "model": {"backbone": backbone}, **given},
+            "train": {"batch_size": IMAGES, "micro_batch_size": IMAGES},
+            "eval": {"crop": SIZE, "resize": SIZE},
+        }
+    )
+
+
+def _timms(name: str) -> Any:
+    """Timm's network with a classifier, all of whose layers act."""
+    import timm
+
+    torch.manual_seed(4)
+    network = timm.create_model(name, num_classes=3)
+    for key, value in network.state_dict().items():
+        if key.endswith(("gamma", "norm.weight", "running_var")):
+            value.uniform_(0.5, 1.5)
+        elif key.endswith(("norm.bias", "running_mean")):
+            value.uniform_(-0.1, 0.1)
+    return network.eval()
+
+
+def _as_its_authors(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of timm's ConvNeXt under the names of DINOv3's, the norm of the last stage twice."""
+    theirs = {}
+    for key, value in state.items():
+        if key.startswith("head.fc."):
+            continue
+        name = key.replace("head.norm.", "norm.").replace("stem.", "downsample_layers.0.")
+        name = name.replace(".blocks.", ".").replace("conv_dw", "dwconv")
+        name = name.replace("mlp.fc", "pwconv")
+        if ".downsample." in name:
+            stage, rest = name.removeprefix("stages.").split(".downsample.")
+            name = f"downsample_layers.{stage}.{rest}"
+        theirs[name] = value
+    return theirs | {f"norms.3.{part}": theirs[f"norm.{part}"] for part in ("weight", "bias")}
+
+
+def _teacher(config: RunConfig) -> FeatureTeacher:
+    """As a run builds it."""
+    backbone = shapes_only(config.of_teacher).backbone
+    convert_sync_batch_norm(backbone, lambda summand: summand)
+    network = FeatureNetwork(backbone, patches=True)
+    plan = resolve(config, world_size=1, num_images=IMAGES)
+    teacher = FeatureTeacher(network, config, plan, torch.float32)
+    given = read_frozen_teacher(config)
+    assert given is not None
+    teacher.load(given.by_name(), identity=given.identity)
+    return teacher
+
+
+@pytest.mark.parametrize("name", [ATTO, "resnet18"])
+def test_features_are_those_of_timms_own_network(tmp_path: Path, name: str) -> None:
+    theirs = _timms(name)
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    teacher = _teacher(_config(tmp_path / "w.pth", name))
+    images = torch.randn(2, IMAGES, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+    found = teacher.targets(MicroBatch(images, images[:0], None))
+    with torch.no_grad():
+        maps = theirs.forward_features(images.flatten(0, 1))
+        classes = theirs.forward_head(maps, pre_logits=True)
+        if name == ATTO:  # after the final norm, as patch tokens of a ViT
+            maps = theirs.head.norm(maps)
+    assert float(classes.std(0).mean()) > 0.01  # of images that differ
+    torch.testing.assert_close(found.classes, classes)
+    places = maps.flatten(2).mT
+    assert places.shape[1] == (SIZE // 32) ** 2
+    on_grid = resized(places, num_patches=PATCHES, interpolation="bilinear")
+    torch.testing.assert_close(found.patches, on_grid)
+
+
+def test_names_of_its_authors_and_of_timm_are_the_same_teacher(tmp_path: Path) -> None:
+    state = _timms(ATTO).state_dict()
+    torch.save(state, tmp_path / "timm.pth")
+    torch.save(_as_its_authors(state), tmp_path / "theirs.pth")
+    given = [read_frozen_teacher(_config(tmp_path / f"{name}.pth")) for name in ("timm", "theirs")]
+    assert given[0] is not None
+    assert given[1] is not None
+    assert given[0].identity == given[1].identity
+    assert given[0].backbone.keys() == given[1].backbone.keys()
+    assert "DINOv3 License" in (given[1].licence or "")
+    left_out = read_source(tmp_path / "theirs.pth").left_out
+    assert left_out == ("norms.3.weight", "norms.3.bias")
+    del state["stages.2.blocks.5.conv_dw.weight"]
+    torch.save(state, tmp_path / "timm.pth")
+    with pytest.raises(CheckpointError, match=r"is a convnext of \[2, 2, 5, 2\] blocks and \[40,"):
+        read_source(tmp_path / "timm.pth")
+
+
+def test_another_network_than_the_settings_say_is_refused(tmp_path: Path) -> None:
+    torch.save(_timms(ATTO).state_dict(), tmp_path / "w.pth")
+    config = _config(tmp_path / "w.pth", "convnext_femto.d1_in1k")
+    with pytest.raises(ConfigError, match=r"holds a convnext_atto, and .* is a convnext_femto"):
+        read_frozen_teacher(config)
+
+
+def test_the_plan_counts_weights_products_and_memory() -> None:
+    config = _config(Path("w.pth"))
+    dims = dims_of(config)
+    with torch.device("meta"):
+        network = build_backbone(ATTO, img_size=SIZE)
+    assert isinstance(network, ConvNet)
+    followed = dims.followed
+    assert followed is not None
+    assert followed.parameters == sum(p.numel() for p in network.parameters())
+    products = 0
+    for stage, (depth, width) in enumerate(zip((2, 2, 6, 2), (40, 80, 160, 320), strict=True)):
+        places = (SIZE // 4 // 2**stage) ** 2
+        below = 3 * 4**2 if stage == 0 else 2**2 * width // 2
+        products += places * width * (below + depth * (7**2 + 8 * width))
+    maps = 2 * (2 + 2 * PATCHES) * 24 * 320
+    flops = flops_of(dims)
+    assert flops.followed == 2 * 2 * products
+    assert flops.student_head == maps
+    without = dims_of(_config(Path("w.pth")).model_copy(update={"distill": RunConfig().distill}))
+    assert peak(dims, SETUP).total > peak(without, SETUP).total
+    more = persistent(dims, SETUP)["teacher"] - persistent(without, SETUP)["teacher"]
+    assert more == SETUP.weight_bytes * followed.parameters
+
+
+@pytest.mark.parametrize("name", [ATTO, "resnet18"])
+def test_the_memory_of_a_forward_is_what_the_allocator_gives(name: str) -> None:
+    counts = _counts(name)
+    network = build_backbone(name, img_size=SIZE).eval().requires_grad_(False)
+    crops = torch.randn(2, 3, SIZE, SIZE)
+    before = live_bytes()
+    _, most = with_peak_bytes(lambda: network([crops], all_patches=True))
+    assert 4 * counts == pytest.approx(most - before, rel=0.1)
+
+
+def _counts(name: str) -> int:
+    with torch.device("meta"):
+        network: nn.Module = build_backbone(name, img_size=SIZE)
+    assert isinstance(network, ConvNet)
+    return forward_counts(network.eval(), images=2, size=SIZE).live
