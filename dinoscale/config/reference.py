@@ -151,7 +151,7 @@ Checkpoints hold a digest of the teacher in place of its weights: they are read 
 a run that has learnt from others is not resumed. They may have moved, or be in another format.
 A run that continues from one with another teacher of heads, or with none, begins with new centers.
 With batch norm in the student the average takes a forward of its own for each micro-batch, as its
-statistics follow the images, which `plan` does not count. A teacher with learned positions under a
+statistics follow the images. A teacher with learned positions under a
 mixture of sizes is resized to the largest one and from there to each; the log says what that
 changes of its features, which is nothing if the largest is the size of the weights.
 

@@ -122,6 +122,8 @@ class StepFlops:
         gram: forward of the Gram network; products of similarities are left out, 1 % of it or less.
         anchor: forward of the anchor.
         followed: forward of a frozen teacher whose features are followed.
+        average: forward of the average beside a frozen teacher, which keeps its batch norm; without
+            the products with prototypes.
     """
 
     teacher_backbone: int
@@ -133,6 +135,7 @@ class StepFlops:
     gram: int = 0
     anchor: int = 0
     followed: int = 0
+    average: int = 0
 
     @property
     def teacher(self) -> int:
@@ -147,8 +150,8 @@ class StepFlops:
     @property
     def total(self) -> int:
         """The whole step."""
-        frozen = self.gram + self.anchor + self.followed
-        return self.teacher + frozen + self.student_forward + self.student_backward
+        beside = self.gram + self.anchor + self.followed + self.average
+        return self.teacher + beside + self.student_forward + self.student_backward
 
 
 def step_flops(

@@ -78,6 +78,8 @@ class Dims:
         trains_projection: whether the patch projection trains.
         frozen_teacher: counts of the network of another run that gives the targets, and of the
             patches that the student is asked about; None where the average gives them.
+        average_follows: whether the average takes a forward of its own beside it, as statistics of
+            batch norm follow the images.
         followed: counts of a frozen teacher's backbone whose features are followed, of others than
             a ViT those of its forward alone; None without.
         followed_patches: whether those of patches are.
@@ -119,6 +121,7 @@ class Dims:
     skipped: tuple[int, ...] = ()
     trains_projection: bool = True
     frozen_teacher: "Dims | None" = None
+    average_follows: bool = False
     followed: "Dims | ForwardCounts | None" = None
     followed_patches: bool = False
     mixture: tuple[tuple[float, "Dims"], ...] = ()
@@ -220,7 +223,10 @@ def dims_of(config: RunConfig) -> Dims:
         dims = _dims_of_size(run, network)
         if teacher is None:
             return dims
-        return (_with_followed if run.distill.by_features else _with_teacher)(dims, run, teacher)
+        if run.distill.by_features:
+            return _with_followed(dims, run, teacher)
+        tracks = any(True for _ in network.buffers())  # as in `Teacher`
+        return replace(_with_teacher(dims, run, teacher), average_follows=tracks)
 
     largest = of_size(config.of_largest_size)
     if not config.crops.mixture:
@@ -400,7 +406,14 @@ def _flops_of_size(dims: Dims) -> StepFlops:
     if dims.frozen_teacher is None:
         return own
     theirs = _flops_of_networks(dims.frozen_teacher)
-    return replace(own, teacher_backbone=theirs.teacher_backbone, teacher_head=theirs.teacher_head)
+    of_patches = dims.patches.masked * dims.patches.bottleneck * dims.patches.prototypes
+    products = 2 * (NUM_GLOBAL * dims.bottleneck * dims.prototypes + of_patches)
+    return replace(
+        own,
+        teacher_backbone=theirs.teacher_backbone,
+        teacher_head=theirs.teacher_head,
+        average=own.teacher - round(products) if dims.average_follows else 0,
+    )
 
 
 def _flops_of_networks(dims: Dims) -> StepFlops:

@@ -106,6 +106,7 @@ def _moments(dims: Dims, setup: Setup) -> dict[str, Terms]:
     in_backward = in_forward if setup.accumulation_steps > 1 else {}
     return {
         "teacher forward": _sum(accumulated, in_forward, _teacher_forward(dims, setup)),
+        "forward of the average": _sum(accumulated, in_forward, _average_forward(dims, setup)),
         "Gram forward": _sum(accumulated, in_forward, _gram_forward(dims, setup)),
         "anchor forward": _sum(accumulated, in_forward, _anchor_forward(dims, setup)),
         "forward of the followed": _sum(accumulated, in_forward, _followed_forward(dims, setup)),
@@ -212,6 +213,17 @@ def _teacher_forward(dims: Dims, setup: Setup) -> Terms:
         "activations": pixels + max(block, prototypes),
         "loss": _targets(dims, setup),
         "buffers": _gathered(dims, setup, during="teacher"),
+    }
+
+
+def _average_forward(dims: Dims, setup: Setup) -> Terms:
+    """The widest layer of an average that follows a frozen teacher's images."""
+    if not dims.average_follows:
+        return {}
+    pixels, tokens = dims.global_pixels, dims.global_tokens
+    return {
+        "activations": frozen_forward(dims, setup, pixels=pixels, tokens=tokens),
+        "buffers": _in_flight(dims.parameters, setup),
     }
 
 

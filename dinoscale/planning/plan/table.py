@@ -50,6 +50,7 @@ def _head(plan: dict[str, Any]) -> list[str]:
             ("gram", "Gram network"),
             ("anchor", "anchor"),
             ("followed", "frozen teacher"),
+            ("average", "average, for its batch norm"),
         )
         if flops[key]
     )

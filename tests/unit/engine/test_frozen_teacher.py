@@ -17,7 +17,7 @@ from dinoscale.errors import ConfigError
 from dinoscale.losses.patch_grid import resized
 from dinoscale.models.network import DinoNetwork
 from dinoscale.planning.plan.communication import transfers
-from dinoscale.planning.plan.memory_model import peak, persistent
+from dinoscale.planning.plan.memory_model import _moments, peak, persistent
 from dinoscale.planning.plan.partition import Setup
 from dinoscale.training.feed import masks_of
 from tests.distributed.tiny_run import dinov2, tiny_config
@@ -188,6 +188,28 @@ def test_the_plan_counts_the_teachers_weights_forward_and_gathers() -> None:
     assert gathered["weights"] == before["weights"] * 2 / 3  # the average's forward is not there
     share = 3 / 4 * SETUP.weight_bytes * SETUP.accumulation_steps
     assert gathered["frozen teacher's weights"] == share * teacher.parameters
+
+
+def test_the_plan_counts_the_averages_forward_for_batch_norm() -> None:
+    config = _config(4)
+    head = config.head.model_copy(update={"batch_norm": True})
+    normed = config.model_copy(update={"head": head})
+    dims, plain = dims_of(normed), dims_of(config)
+    own = flops_of(dims_of(normed.model_copy(update={"distill": RunConfig().distill})))
+    before, after = flops_of(plain), flops_of(dims)
+    assert before.average == 0
+    of_classes = 2 * 2 * dims.bottleneck * dims.prototypes  # not multiplied by prototypes
+    of_patches = 2 * dims.patches.masked * dims.patches.bottleneck * dims.patches.prototypes
+    assert after.average == own.teacher - round(of_classes + of_patches)
+    assert after.total - before.total == after.average > own.teacher_backbone
+    sent = [{t.what: t.sent_bytes for t in transfers(d, _at(3))} for d in (plain, dims)]
+    of_weight = [one["weights"] / d.parameters for one, d in zip(sent, (plain, dims), strict=True)]
+    assert of_weight[1] == pytest.approx(3 / 2 * of_weight[0])
+    # A student that is larger than its teacher: its average's forward has the peak.
+    wide = replace(dims, mlp_hidden=100 * dims.mlp_hidden, average_follows=False, bottleneck=1)
+    moments = [_moments(replace(wide, average_follows=f), SETUP) for f in (False, True)]
+    assert not moments[0]["forward of the average"]
+    assert moments[1]["forward of the average"]["activations"] > 0
 
 
 def _alone(config: RunConfig) -> RunConfig:
