@@ -122,7 +122,8 @@ def teaches_on(config: RunConfig, other: Checkpoint, weights: InitialWeights | N
     by_features = any(section.get(key) for key in ("class_feature_weight", "patch_feature_weight"))
     then = None if by_features else other.frozen_teacher
     same: bool = distributed.broadcast_object(now == then)
-    if not same and distributed.rank() == 0:
+    has_centers = config.has_heads and config.dino.targets == "centering"
+    if not same and has_centers and distributed.rank() == 0:
         log.info("the centers of %s are of another teacher's outputs: they begin anew", other.path)
     return same
 

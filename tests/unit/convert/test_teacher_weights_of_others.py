@@ -184,7 +184,10 @@ def _backbone_of(config: RunConfig) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("features", [False, True])
-def test_centers_go_on_only_with_the_heads_that_gave_the_targets(features: bool) -> None:
+def test_centers_go_on_only_with_the_heads_that_gave_the_targets(
+    features: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     weights = InitialWeights({}, identity="that")
     given = {"class_feature_weight": 1.0} if features else HEADS
     section = {"teacher": "w.pth", "model": MODEL, **given}
@@ -201,3 +204,9 @@ def test_centers_go_on_only_with_the_heads_that_gave_the_targets(features: bool)
     assert teaches_on(config, saved("other", config), weights) == features
     assert teaches_on(config, saved(None, plain), weights) == features
     assert teaches_on(plain, saved("that", config), None) == features
+    said = "the centers of step_04 are of another teacher's outputs: they begin anew"
+    assert caplog.messages == ([] if features else 3 * [said])
+    caplog.clear()
+    shared_out = tiny_config(**dinov2("sinkhorn_knopp", patch_head=True, distill=section))
+    assert teaches_on(shared_out, saved("other", shared_out), weights) == features
+    assert not caplog.messages  # of Sinkhorn-Knopp, which has none
