@@ -63,7 +63,7 @@ def _trained(rows: NDArray[np.float32], clusters: int, *, seed: int) -> float:
 
 def test_inertia_is_that_of_scikit_learn() -> None:
     """Best of four starts: one start in two, of either, takes two neighbouring blobs for one."""
-    rows = _blobs(3000, 20)
+    rows = _blobs(10_000, 20)
     theirs = KMeans(20, n_init=4, max_iter=50, random_state=0).fit(rows).inertia_
     ours = min(_trained(rows, 20, seed=seed) for seed in range(4))
     assert ours == pytest.approx(theirs, rel=0.01)
