@@ -26,6 +26,7 @@ from data_tools.curation.search import (
     joined,
     journal_beside,
     packed,
+    settings_of,
     spans_of,
 )
 from data_tools.curation.selection import (
@@ -95,7 +96,7 @@ def deduplicate_embeddings(
     require_lines(sets.whole, sets.images)
     work = fingerprint(
         input={"images": sets.whole.digest, "tests": [test.digest for test in sets.tests]},
-        command={**asdict(similar), **way.settings},
+        command={**asdict(similar), **settings_of(way)},
         code=code_fingerprint(__name__),
     )
     search = _Search(sets, similar, way)

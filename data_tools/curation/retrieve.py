@@ -42,6 +42,7 @@ from data_tools.curation.search import (
     joined,
     journal_beside,
     packed,
+    settings_of,
     spans_of,
 )
 from data_tools.curation.selection import (
@@ -195,7 +196,7 @@ def retrieve_neighbours(
 
     work = fingerprint(
         input={"images": whole.digest, "seeds": of_seeds.digest},
-        command={"k": by.k, "at_least": by.at_least, **way.settings},
+        command={"k": by.k, "at_least": by.at_least, **settings_of(way)},
         code=code_fingerprint(__name__),
     )
     with journal_beside(out.path, work) as journal:
@@ -311,25 +312,30 @@ def retrieve_clusters(
         OutputError: something else has the name of a file.
     """
 
-    def opened() -> tuple[Embeddings, Embeddings, Level]:
+    def opened() -> tuple[Embeddings, Embeddings, int, Level | None]:
         hierarchy = open_clusters(clusters)
         whole = hierarchy.embeddings(folder)
         of_seeds = open_embeddings(seeds, features=whole.features, normalize=whole.normalized)
         require_comparable(whole, of_seeds)
         _require_files(out, whole, of_seeds)
-        return whole, of_seeds, hierarchy.level(1)
+        number = hierarchy.about["levels"][0]["clusters"]
+        # Comparing checksums reads all its arrays: one rank does.
+        level = None if distributed.rank() else hierarchy.level(1)
+        return whole, of_seeds, number, level
 
-    whole, of_seeds, level = distributed.together(opened)
+    whole, of_seeds, number, level = distributed.together(opened)
+    centroids = torch.empty(number, whole.width) if level is None else torch.tensor(level.centroids)
+    distributed.broadcast(centroids)
     require_lines(whole, out.images)
     verify(of_seeds)
     shown = progress and not distributed.rank()
     with tqdm(total=len(of_seeds), unit="img", disable=None if shown else True) as bar:
-        centroids = torch.from_numpy(level.centroids).to(device)
-        of_seed, _ = assign(of_seeds, centroids, partial(_advance, bar))
+        of_seed, _ = assign(of_seeds, centroids.to(device), partial(_advance, bar))
 
     def write(_: object) -> Json:
+        assert level is not None  # of the first rank, which writes
         labels = np.asarray(level.assignments)
-        choice = _of_clusters(whole, of_seeds, labels, of_seed, len(level.centroids), by)
+        choice = _of_clusters(whole, of_seeds, labels, of_seed, number, by)
         settings = {**asdict(by), "clusters": str(clusters.resolve())}
         return _written(whole, of_seeds, choice, settings, out)
 

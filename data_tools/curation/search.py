@@ -59,15 +59,19 @@ class Way:
         if self.block < 1:
             raise DataError(f"--block {self.block}: need at least one row")
 
-    @property
-    def settings(self) -> Json:
-        """What pieces of finished work depend on besides the embeddings.
 
-        Raises:
-            ConfigError: faiss is asked for and not there.
-        """
-        faiss = require_faiss().__version__ if self.approximate else None
-        return {"block": self.block, "approximate": self.approximate, "faiss": faiss}
+def settings_of(way: Way) -> Json:
+    """What pieces of finished work depend on besides the embeddings; all ranks call it.
+
+    Raises:
+        ConfigError: faiss is asked for and not there, on every rank if it lacks on one.
+    """
+
+    def version() -> str | None:
+        return require_faiss().__version__ if way.approximate else None
+
+    faiss = distributed.together(version)
+    return {"block": way.block, "approximate": way.approximate, "faiss": faiss}
 
 
 class Searched:
