@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from typing import TypeVar
 
 from dinoscale.data.shards.tar_source import TarSource
 from dinoscale.data.sources.source import Source
 from dinoscale.errors import DataError
+
+T = TypeVar("T")
 
 
 def images_root(source: Source, spec: str) -> str:
@@ -39,3 +42,21 @@ def require_not_image(file: str, image: str) -> None:
             f"{file} is the image {image} itself. Name a folder that holds no images but their"
             " masks or depth pictures."
         )
+
+
+def still_there(found: T | None, path: str, name: str) -> T:
+    """What belongs to an image and was there when its set was opened.
+
+    Args:
+        found: it, as it was read again.
+        path: of the image.
+        name: of what was found.
+
+    Raises:
+        DataError: it has vanished.
+    """
+    if found is None:
+        raise DataError(
+            f"{path}: its {name} has vanished since the start. Restore it, and start again."
+        )
+    return found

@@ -30,6 +30,7 @@ from dinoscale.evaluate.any_size import (
     read_image,
     writing_to,
 )
+from dinoscale.evaluate.beside_images import still_there
 from dinoscale.evaluate.dense.attention_figure import Row, draw_rows
 from dinoscale.evaluate.dense.attention_maps import (
     MASS,
@@ -179,9 +180,12 @@ class _Scorer:
         return f"{Path(self._trained.path).name}: attention against objects"
 
     def objects(self, index: int) -> Objects:
-        """The objects at the image's own size."""
-        mask = self._mask_of(index)
-        assert mask is not None  # `usable_images` found it
+        """The objects at the image's own size.
+
+        Raises:
+            DataError: the mask has vanished, or cannot be used.
+        """
+        mask = still_there(self._mask_of(index), self._source.path(index), "mask")
         return split_objects(mask, indexed=self._indexed)
 
     def maps(self, image: Image.Image) -> Tensor:

@@ -25,6 +25,7 @@ from dinoscale.data.decoding.decode import BadSampleError
 from dinoscale.data.loader import Failure, failure, map_in_workers
 from dinoscale.data.sources.source import Source
 from dinoscale.errors import DataError
+from dinoscale.evaluate.beside_images import still_there
 from dinoscale.evaluate.dense_probes.target_files import Part
 from dinoscale.evaluate.feature_cache import InFiles
 from dinoscale.evaluate.overlap import find_overlap
@@ -239,13 +240,7 @@ def read_target(targets: Targets, source: Source, index: int) -> Target:
     Raises:
         DataError: it has vanished, or cannot be used.
     """
-    target = targets.read(source, index)
-    if target is None:
-        raise DataError(
-            f"{source.path(index)}: its {targets.name} has vanished since the start. Restore it,"
-            " and start again."
-        )
-    return target
+    return still_there(targets.read(source, index), source.path(index), targets.name)
 
 
 class Whole(NamedTuple):

@@ -14,6 +14,7 @@ import numpy as np
 from dinoscale.data.sources.source import Source
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.any_size import Fit
+from dinoscale.evaluate.beside_images import still_there
 from dinoscale.evaluate.dense.object_masks import (
     Objects,
     find_masks,
@@ -46,7 +47,7 @@ class TrueObjects:
 
     Attributes:
         indices: of these images.
-        of: gives the objects of one of them.
+        of: gives the objects of one of them; DataError if they have vanished.
         left_out: the other images by reason, ready for JSON.
     """
 
@@ -96,8 +97,7 @@ def _of_masks(
     indices, left_out = usable_images(source, mask_of, fit, indexed=indexed)
 
     def of(index: int) -> Truth:
-        mask = mask_of(index)
-        assert mask is not None  # `usable_images` found it
+        mask = still_there(mask_of(index), source.path(index), "mask")
         objects = split_objects(mask, indexed=indexed)
         return Truth(boxes_of_masks(objects), objects)
 

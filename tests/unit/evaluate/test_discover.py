@@ -16,7 +16,9 @@ from scipy.linalg import eigh
 from torch import Tensor
 
 from dinoscale import cli
+from dinoscale.data.sources.source import open_source
 from dinoscale.errors import ConfigError, DataError
+from dinoscale.evaluate.any_size import Fit
 from dinoscale.evaluate.dense.object_masks import split_objects
 from dinoscale.evaluate.discovery import regions
 from dinoscale.evaluate.discovery.boxes import find_boxes, iou_of_boxes
@@ -352,3 +354,26 @@ def test_the_command_writes_masks_boxes_and_a_sheet(
         assert found.size == size
         left, top, right, bottom = np.round(entry["box"]).astype(int).tolist()
         assert np.asarray(found)[top:bottom, left:right].any()
+
+
+def test_an_unreadable_image_with_boxes_is_left_out_with_a_warning(
+    weights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_picture(tmp_path / "images" / "a.jpg", seed=0, size=(40, 24))
+    (tmp_path / "images" / "b.jpg").write_bytes(b"no picture")
+    file = tmp_path / "boxes.json"
+    file.write_text(json.dumps({name: [[0, 0, 8, 8]] for name in ("a.jpg", "b.jpg")}))
+    report = _measured(weights, tmp_path / "images", boxes=file)
+    assert report["images"] == 1
+    (unreadable,) = report["left_out"]["unreadable"]
+    assert str(tmp_path / "images" / "b.jpg") in unreadable
+    assert f"left out {unreadable}" in caplog.messages
+
+
+def test_a_mask_that_has_vanished_since_the_start_is_named(folders: tuple[Path, Path]) -> None:
+    images, masks = folders
+    source = open_source(str(images))
+    truth = Annotations(str(masks)).find(source, str(images), Fit(patch=8, size=16))
+    (masks / "a.png").unlink()
+    with pytest.raises(DataError, match=r"a\.jpg: its mask has vanished since the start"):
+        truth.of(truth.indices[0])
