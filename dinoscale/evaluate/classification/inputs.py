@@ -5,6 +5,7 @@ Shape letters: N images, C classes (channels in images), H rows and columns of a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -78,8 +79,26 @@ class ClassifierInputs:
         }
 
     def training(self, protocol: Mapping[str, object]) -> dict[str, object]:
-        """What a classifier was made from besides the backbone, for its card."""
-        return {"train": digest_of(self.files["train"]), **protocol}
+        """What a classifier was made from besides the backbone, for its card.
+
+        Of the train set the order of its images, sizes and names of their files, and labels: a copy
+        of the set elsewhere makes the same card.
+        """
+        return {"train": digest_of(self._train_images()), **protocol}
+
+    def _train_images(self) -> object:
+        found, labels = self.files["train"], check_labels(self.train, name="train")
+        if not isinstance(self.train, InFiles) or not isinstance(found, dict):
+            return found
+        paths = list(self.train.files())
+        folder = os.path.commonpath([os.path.dirname(path) for path in paths])
+        names = [os.path.relpath(path, folder) for path in paths]
+        return {
+            "number": found["number"],
+            "sizes": found["sizes"],
+            "names": digest_of(names),
+            "labels": digest_of(labels.tolist()),
+        }
 
     def answers(self, classes: Tensor) -> Answers:
         """The classes that a classifier gives the test images that were used, (N,) int64."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,11 +110,12 @@ def test_the_command_judges_at_the_sizes_of_the_training(
 def test_classifiers_of_other_sets_and_settings_are_other_columns(
     colors: Colors, tmp_path: Path
 ) -> None:
-    # Made the same way twice, by another C, and from another train set.
-    ways = [(1.0, 0), (1.0, 0), (2.0, 0), (1.0, 1)]
+    # Made the same way twice, of which once from a copy, by another C, and from another train set.
+    shutil.copytree(colors.hard[0], tmp_path / "copy")
+    ways = [(1.0, 0), (1.0, 2), (2.0, 0), (1.0, 1)]
     outcomes = []
     for number, (c, of) in enumerate(ways):
-        sets = ((colors.hard[0], colors.train)[of], colors.test)
+        sets = ((colors.hard[0], colors.train, str(tmp_path / "copy"))[of], colors.test)
         out = tmp_path / f"{number}.safetensors"
         evaluate_logistic(colors.weights, *sets, cs=(c,), out=out, options=OPTIONS)
         report = evaluate_probe(colors.weights, out, colors.test, options=OPTIONS)
