@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-
 from dinoscale.data.augmentation.multi_crop import NUM_GLOBAL, MultiCrop
 from dinoscale.data.sources.mixture import left_out_counts
 from dinoscale.data.sources.source import StoredSource
@@ -28,6 +26,7 @@ from dinoscale.evaluate.label_free.spectrum import (
     ALPHA_LAST,
     LIDAR_DELTA,
     RANKME_IMAGES,
+    Scatter,
     alpha_req,
     lidar,
     rankme,
@@ -132,13 +131,13 @@ def _measure(
     score = {"rankme": distributed.together(partial(rankme, features))}
     alpha = distributed.together(partial(alpha_req, features))
     if samples.views:
-        views = _view_features(extractor, _some(source, samples.lidar_images), samples.views)
-        if len(views) < 2:
+        views = _scatter(extractor, _some(source, samples.lidar_images), samples.views)
+        if len(views.means) < 2:
             raise DataError(
-                f"LiDAR compares images, and {len(views)} of the {len(source)} can be read; leave"
-                " it out with --views 0"
+                f"LiDAR compares images, and {len(views.means)} of the {len(source)} can be read;"
+                " leave it out with --views 0"
             )
-        counts["lidar_images"] = len(views)
+        counts["lidar_images"] = len(views.means)
         score["lidar"] = distributed.together(partial(lidar, views))
     return score, alpha, counts
 
@@ -148,8 +147,8 @@ def _some(source: StoredSource, images: int) -> StoredSource:
     return source if len(source) <= images else SubsetSource(source, images=images)
 
 
-def _view_features(extractor: FeatureExtractor, source: StoredSource, num_views: int) -> Tensor:
-    """Features of views of every readable image, (n, q, D)."""
+def _scatter(extractor: FeatureExtractor, source: StoredSource, num_views: int) -> Scatter:
+    """How features of views of every readable image differ."""
     options = extractor.options
     return extract_views(
         extractor.backbone,

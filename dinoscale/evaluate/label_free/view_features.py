@@ -1,5 +1,7 @@
 """Features of augmented views of images, which LiDAR compares within and between images.
 
+Each rank keeps the means of its images and one matrix, never the features of all their views.
+
 Shape letters: n readable images, q views of each, M crops of a forward, C channels, H rows and
 columns, D width.
 """
@@ -7,7 +9,7 @@ columns, D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -18,7 +20,8 @@ from dinoscale.data.augmentation.color_jitter import finish_crops
 from dinoscale.data.augmentation.multi_crop import MultiCrop
 from dinoscale.data.sources.source import Source
 from dinoscale.evaluate.across_ranks import over_ranks
-from dinoscale.evaluate.features import Forward, Part
+from dinoscale.evaluate.features import Forward, Part, require_finite
+from dinoscale.evaluate.label_free.spectrum import Scatter, scatter_of
 from dinoscale.evaluate.label_free.views import augmented_views
 from dinoscale.runtime import distributed
 
@@ -41,10 +44,10 @@ def extract_views(
     num_workers: int,
     progress: bool = False,
     on_batch: Callable[[], None] = lambda: None,
-) -> Tensor:
+) -> Scatter:
     """Run a backbone over augmented views of all undamaged images of a source.
 
-    All ranks of a job call it; each runs its share, and all get the features of the whole set. It
+    All ranks of a job call it; each runs its share, and all get the scatter of the whole set. It
     costs `num_views` forwards of an image.
 
     Args:
@@ -61,7 +64,7 @@ def extract_views(
         on_batch: called after each batch, to feed a watchdog.
 
     Returns:
-        Features (n, q, D) float32, not normalised.
+        The scatter of features, not normalised.
 
     Raises:
         NonFiniteError: a feature is not a finite number.
@@ -79,8 +82,10 @@ def extract_views(
     views = _Views(
         *(forward, source, multi_crop, num_views, tuple(mean), tuple(std)), images_at_once=at_once
     )
-    features, _ = over_ranks(views, num_images=len(source), batch_size=at_once)
-    return features
+    means, _ = over_ranks(views, num_images=len(source), batch_size=at_once)
+    none = means.new_zeros(means.shape[1], means.shape[1])  # of a rank without images
+    within = distributed.all_reduce_sum(sum(views.within, none))
+    return Scatter(means, within, num_views)
 
 
 @dataclass(frozen=True)
@@ -94,11 +99,12 @@ class _Views:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     images_at_once: int
+    within: list[Tensor] = field(default_factory=list)  # of the images so far, at most one
 
     def __call__(self, ids: NDArray[np.int64], check: Callable[[], None]) -> tuple[Tensor, Tensor]:
-        """Features (n, q, D) of the readable images, and their numbers (n,)."""
+        """Means (n, D) of the views of readable images, and the numbers of these (n,)."""
         forward, total = self.forward, len(ids) * self.num_views
-        parts, empty = self._parts(ids), forward.empty(self.num_views)
+        parts, empty = self._parts(ids), forward.empty().double()
         return forward.joined(parts, check, empty=empty, total=total, of="view")
 
     def _parts(self, ids: NDArray[np.int64]) -> Iterator[Part]:
@@ -113,8 +119,14 @@ class _Views:
             rows = None
             if len(batch.ids):
                 found = self._features(batch.crops, batch.params)
-                rows = found.unflatten(0, (len(batch.ids), self.num_views))
+                rows = self._means(found.unflatten(0, (len(batch.ids), self.num_views)))
             yield Part(rows, batch.ids, self.num_views * (len(batch.ids) + len(batch.bad)))
+
+    def _means(self, features: Tensor) -> Tensor:
+        """Means (n, D) of features (n, q, D), whose scatter within images is added."""
+        scatter = scatter_of(require_finite(features))
+        self.within[:] = [sum(self.within, scatter.within)]
+        return scatter.means
 
     def _features(self, crops: Tensor, params: NDArray[np.void]) -> Tensor:
         """Features (M, D) of crops (M, H, H, C), at most a batch at a time."""
