@@ -74,11 +74,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "unknown_convnext": (
         _config({"model": {"backbone": "convnextv2_tiny"}}),
-        "distill.model.backbone: 'convnextv2_tiny' is none of the ResNets and ConvNeXts",
+        "backbone: 'convnextv2_tiny' is none of the ResNets and ConvNeXts that can be built",
     ),
     "sizes_of_a_convnext": (
         _config({"model": {"backbone": "convnext_tiny", "depth": 3}}),
-        "distill.model.depth: convnext_tiny has none, leave it out",
+        "depth: convnext_tiny has none, leave it out",
     ),
     "not_whole_places": (
         _config(

@@ -16,6 +16,7 @@ from dinoscale.engine.micro_batch import MicroBatch
 from dinoscale.engine.model_sizes import dims_of, flops_of
 from dinoscale.errors import CheckpointError, ConfigError
 from dinoscale.losses.patch_grid import resized
+from dinoscale.models._torchvision import ensure_torchvision
 from dinoscale.models.convnet import ConvNet, forward_counts
 from dinoscale.models.network import FeatureNetwork
 from dinoscale.models.sync_bn import convert_sync_batch_norm
@@ -52,6 +53,7 @@ def _config(path: Path, backbone: str = ATTO, **distill: Any) -> RunConfig:
 
 def _timms(name: str) -> Any:
     """Timm's network with a classifier, all of whose layers act."""
+    ensure_torchvision()
     import timm
 
     torch.manual_seed(4)
