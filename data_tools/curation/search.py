@@ -68,7 +68,7 @@ def settings_of(way: Way) -> Json:
     """
 
     def version() -> str | None:
-        return require_faiss().__version__ if way.approximate else None
+        return str(require_faiss().__version__) if way.approximate else None
 
     faiss = distributed.together(version)
     return {"block": way.block, "approximate": way.approximate, "faiss": faiss}
