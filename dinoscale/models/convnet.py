@@ -112,7 +112,8 @@ class ForwardCounts:
         embed_dim: D.
         patch_size: pixels along a side of a place of the last map.
         flops: two for each product.
-        live: scalars in the tensors that are alive at once, at most; the crops are not counted.
+        live: scalars in the tensors that are alive at once, at most, without the crops and what
+            the convolutions of a library need beside their results.
     """
 
     parameters: int
