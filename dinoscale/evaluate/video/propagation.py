@@ -74,13 +74,14 @@ def propagate_labels(
         (R, C, L), soft.
     """
     rows, columns = target.shape[:2]
+    grid = [torch.arange(n, device=target.device) for n in (rows, columns)]
     result = labels.new_empty(rows, columns, labels.shape[-1])
     for row, column in product(range(0, rows, TILE), range(0, columns, TILE)):
         tile = _square(row, column, margin=0)
         window = _square(row, column, margin=radius)
         sources = context[(slice(None), *window)].flatten(0, 2)  # (S, D)
         similarity = target[tile].flatten(0, 1) @ sources.T  # (T, S)
-        near = _neighbours((rows, columns), tile, window, radius=radius).to(target.device)
+        near = _neighbours(grid, tile, window, radius=radius)
         similarity = similarity.masked_fill(~near.repeat(1, len(context)), -torch.inf)
         least = similarity.topk(min(top, similarity.shape[1])).values[:, -1:]
         votes = similarity.masked_fill(similarity < least, -torch.inf)
@@ -98,12 +99,15 @@ def _square(row: int, column: int, *, margin: int) -> tuple[slice, slice]:
 
 
 def _neighbours(
-    grid: tuple[int, int], tile: Sequence[slice], window: Sequence[slice], *, radius: int
+    grid: Sequence[Tensor], tile: Sequence[slice], window: Sequence[slice], *, radius: int
 ) -> Tensor:
-    """Whether patches of the tile and of the window are at most `radius` apart, (T, S / K)."""
+    """Whether patches of tile and window are at most `radius` apart, (T, S / K), on the device.
+
+    `grid` has the numbers of all rows and of all columns.
+    """
     rows, columns = (
-        (torch.arange(n)[a][:, None] - torch.arange(n)[b]).abs() <= radius
-        for n, a, b in zip(grid, tile, window, strict=True)
+        (numbers[a][:, None] - numbers[b]).abs() <= radius
+        for numbers, a, b in zip(grid, tile, window, strict=True)
     )
     # Axes: tile row, tile column, window row, window column.
     both = rows[:, None, :, None] & columns[None, :, None, :]
