@@ -24,6 +24,7 @@ from dinoscale.data.augmentation.normalize import normalize_images
 from dinoscale.data.decoding.decode import Picture
 from dinoscale.data.loader import eval_batches
 from dinoscale.data.sources.source import Source
+from dinoscale.data.transfer import to_device
 from dinoscale.errors import ConfigError, DataError, NonFiniteError, RunFailedError
 from dinoscale.evaluate.across_ranks import over_ranks
 from dinoscale.evaluate.feature_cache import InFiles, Preparation, features_key, through_cache
@@ -289,7 +290,7 @@ class _Images:
         )
         dtype = forward.dtype
         for images, _, numbers in batches:
-            moved = images.to(forward.device, non_blocking=True)
+            moved = to_device(images, forward.device)
             pixels = normalize_images(moved, mean=preparation.mean, std=preparation.std)
             rows = forward.backbone([pixels.to(dtype)]).float()
             yield Part(rows, numbers, len(numbers))

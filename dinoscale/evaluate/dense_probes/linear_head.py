@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dinoscale.data.seeding import Stream, generator
+from dinoscale.data.transfer import to_device
 from dinoscale.engine.schedules import cosine
 from dinoscale.errors import ConfigError, NonFiniteError
 from dinoscale.evaluate.classification.resumable_training import TrainingState
@@ -195,11 +196,12 @@ class HeadTraining:
     def _loss(self, head: LinearHead, maps: Maps, crops: PairCrops, step: int) -> Tensor:
         device = self.reading.device
         images = self.reading.normalized(crops.images)
-        images = images * crops.inside.to(device)[:, None]  # outside of an image: the mean color
+        inside = to_device(crops.inside, device)[:, None]
+        images = images * inside  # outside of an image: the mean color
         features = maps(images)
         kept = self.recipe.kept(*features.shape[:2], seed=self.seed, step=step)
-        outputs = head(features, None if kept is None else kept.to(features))
-        return self.loss(outputs, crops.targets.to(device))
+        outputs = head(features, None if kept is None else to_device(kept, device))
+        return self.loss(outputs, to_device(crops.targets, device))
 
 
 def _require_finite(head: LinearHead, loss: Tensor, done: int) -> None:

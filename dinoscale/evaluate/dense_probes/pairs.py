@@ -24,6 +24,7 @@ from dinoscale.data.augmentation.normalize import normalize_images
 from dinoscale.data.decoding.decode import BadSampleError
 from dinoscale.data.loader import Failure, failure, map_in_workers
 from dinoscale.data.sources.source import Source
+from dinoscale.data.transfer import to_device
 from dinoscale.errors import DataError
 from dinoscale.evaluate.beside_images import still_there
 from dinoscale.evaluate.dense_probes.target_files import Part
@@ -128,7 +129,7 @@ class Reading:
 
     def normalized(self, images: Tensor) -> Tensor:
         """Images uint8 (N, C, H, W) as inputs of a network, on its device."""
-        return normalize_images(images.to(self.device), mean=self.mean, std=self.std)
+        return normalize_images(to_device(images, self.device), mean=self.mean, std=self.std)
 
 
 def open_pairs(part: Part, source: Source, targets: Targets, reading: Reading) -> Pairs:

@@ -34,6 +34,7 @@ from dinoscale.data.shards.stream import StreamSource
 from dinoscale.data.sources.folder import FolderSource
 from dinoscale.data.sources.mixture import left_out_counts, open_sources
 from dinoscale.data.sources.source import StoredSource
+from dinoscale.data.transfer import to_device
 from dinoscale.errors import (
     ConfigError,
     DataError,
@@ -308,7 +309,7 @@ def _write_shard(job: _Job, shard: int, batches: Iterable[Pictures]) -> None:
 def _features(job: _Job, images: Tensor) -> dict[str, Tensor]:
     """The features of a batch as they are written, on the CPU."""
     extractor, stored = job.extractor, _STORED[job.options.dtype]
-    moved = images.to(extractor.device, non_blocking=True)
+    moved = to_device(images, extractor.device)
     pixels = normalize_images(moved, mean=extractor.card.mean, std=extractor.card.std)
     network = _NETWORK[job.options.precision]
     found = compute(extractor.backbone, pixels.to(network), tuple(job.row_shapes))

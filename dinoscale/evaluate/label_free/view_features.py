@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dinoscale.data.augmentation.color_jitter import finish_crops
 from dinoscale.data.augmentation.multi_crop import MultiCrop
 from dinoscale.data.sources.source import Source
+from dinoscale.data.transfer import to_device
 from dinoscale.evaluate.across_ranks import over_ranks
 from dinoscale.evaluate.features import Forward, Part, require_finite
 from dinoscale.evaluate.label_free.spectrum import Scatter, scatter_of
@@ -133,7 +134,7 @@ class _Views:
         forward, parts = self.forward, []
         for first in range(0, len(crops), forward.batch_size):
             finished = finish_crops(
-                crops[first : first + forward.batch_size].to(forward.device, non_blocking=True),
+                to_device(crops[first : first + forward.batch_size], forward.device),
                 params[first : first + forward.batch_size],
                 mean=self.mean,
                 std=self.std,
