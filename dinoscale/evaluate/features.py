@@ -225,8 +225,9 @@ class Forward:
         check: Callable[[], None],
         *,
         empty: Tensor,
-        total: int,
+        most: int,
         of: _Counted,
+        of_each: int = 1,
     ) -> tuple[Tensor, Tensor]:
         """Join what the batches give, each computed in eval mode.
 
@@ -234,8 +235,9 @@ class Forward:
             parts: computed one by one, as they are asked for.
             check: called after each batch.
             empty: the rows if there are none: a rank's share may be empty, or wholly unreadable.
-            total: images or views of all parts.
+            most: rows of all parts where every image can be read; memory is taken for as many.
             of: what is counted.
+            of_each: how many of them make a row.
 
         Returns:
             Rows (N, ...), and their numbers (N,), on the device.
@@ -244,18 +246,22 @@ class Forward:
             NonFiniteError: a feature is not a finite number.
             RunFailedError: a batch needs more memory than available.
         """
-        rows, numbers = [empty], [torch.zeros(0, dtype=torch.int64)]
-        bar = tqdm(total=total, unit=_UNITS[of], **bar_options(shown=self.progress))
+        rows, filled = empty, 0
+        numbers = [torch.zeros(0, dtype=torch.int64)]
+        bar = tqdm(total=most * of_each, unit=_UNITS[of], **bar_options(shown=self.progress))
         try:
             with bar, eval_mode(self.backbone), torch.no_grad():
                 for part in parts:
                     if part.rows is not None:
-                        rows.append(part.rows)
+                        if not filled:  # at once: joining the parts would take twice the memory
+                            rows = part.rows.new_empty(most, *part.rows.shape[1:])
+                        rows[filled : filled + len(part.rows)] = part.rows
+                        filled += len(part.rows)
                         numbers.append(part.numbers)
                     bar.update(part.seen)
                     self.on_batch()
                     check()
-            return require_finite(torch.cat(rows[1:] or rows)), torch.cat(numbers).to(self.device)
+            return require_finite(rows[:filled]), torch.cat(numbers).to(self.device)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise RunFailedError(
                 f"evaluating {self.batch_size} {of}s at once needs more memory than available"
@@ -275,7 +281,7 @@ class _Images:
         """Features of the readable images, and their indices, on the device."""
         forward = self.forward
         parts, empty = self._parts(ids), forward.empty()
-        return forward.joined(parts, check, empty=empty, total=len(ids), of="image")
+        return forward.joined(parts, check, empty=empty, most=len(ids), of="image")
 
     def _parts(self, ids: NDArray[np.int64]) -> Iterator[Part]:
         forward, preparation = self.forward, self.preparation

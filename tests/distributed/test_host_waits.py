@@ -1,32 +1,18 @@
 """The host launches a step without reading anything from the device, DeepSpeed included."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.device_reads import DeviceReads
 from tests.distributed.tiny_run import dinov2, micro_batches, on_device, tiny_config, tiny_plan
 from tests.harness import run_distributed
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(300)]
 
-# What needs a value, or a shape that depends on one, on the host.
-READS = (
-    "aten::_local_scalar_dense",
-    "aten::item",
-    "aten::is_nonzero",
-    "aten::equal",
-    "aten::nonzero",
-    "aten::masked_select",
-    "aten::_unique2",
-    "aten::unique_consecutive",
-    "aten::bincount",
-    "aten::repeat_interleave",
-)
 RUNS: list[dict[str, Any]] = [
     {"stage": stage, "precision": precision, "clip_mode": clip_mode}
     for stage in (0, 1, 2, 3)
@@ -41,26 +27,6 @@ RUNS += [  # DINOv2's objective; its KoLeo needs two images in a micro-batch
 RUNS += [run | {"gram": True} for run in RUNS[-2:]]  # with a refresh in every step
 # DeepSpeed asks whether the norm that stage 3 computed is sound; ours is a constant of the host.
 CONSTANT = {0: [], 1: [], 2: [], 3: ["is_invalid_grad_norm"]}
-
-
-class _Reads(TorchDispatchMode):
-    """Lists callers that read a tensor's value, or in dinoscale make a tensor of Python numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.callers: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name
-        frame = sys._getframe(1)
-        while "/torch/" in frame.f_code.co_filename:
-            assert frame.f_back is not None
-            frame = frame.f_back
-        # torch.tensor and indices in a list: on a GPU a copy that waits.
-        copies = name == "aten::lift_fresh" and "/dinoscale/" in frame.f_code.co_filename
-        if name in READS or copies:
-            self.callers.append(frame.f_code.co_name)
-        return func(*args, **(kwargs or {}))
 
 
 def watch_steps(runs: list[dict[str, Any]]) -> list[list[str]]:
@@ -103,7 +69,7 @@ def _watch_step(
     for step in range(first):
         train_step(batches(step), student, teacher, now, loss_weights=loss_weights_of(config))
     last = batches(first)
-    with _Reads() as reads, _refusing_to_wait(stage):
+    with DeviceReads() as reads, _refusing_to_wait(stage):
         result = train_step(last, student, teacher, now, loss_weights=loss_weights_of(config))
     assert result.skipped is None
     assert not gram or teacher.gram.refreshes == first + 1

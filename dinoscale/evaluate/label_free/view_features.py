@@ -104,9 +104,11 @@ class _Views:
 
     def __call__(self, ids: NDArray[np.int64], check: Callable[[], None]) -> tuple[Tensor, Tensor]:
         """Means (n, D) of the views of readable images, and the numbers of these (n,)."""
-        forward, total = self.forward, len(ids) * self.num_views
-        parts, empty = self._parts(ids), forward.empty().double()
-        return forward.joined(parts, check, empty=empty, total=total, of="view")
+        forward, parts = self.forward, self._parts(ids)
+        empty = forward.empty().double()
+        return forward.joined(
+            parts, check, empty=empty, most=len(ids), of="view", of_each=self.num_views
+        )
 
     def _parts(self, ids: NDArray[np.int64]) -> Iterator[Part]:
         batches = augmented_views(

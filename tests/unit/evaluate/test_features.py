@@ -16,6 +16,8 @@ from dinoscale.data.sources.synthetic import ShapesSource
 from dinoscale.errors import DataError, NonFiniteError, RunFailedError
 from dinoscale.evaluate.features import extract_features, pixel_features
 from dinoscale.models.zoo import build_backbone
+from dinoscale.planning.bench.tensor_memory import with_peak_bytes
+from tests.device_reads import DeviceReads
 
 MEAN, STD = (0.5, 0.25, 0.0), (0.5, 0.25, 1.0)
 
@@ -165,3 +167,29 @@ def test_out_of_memory_names_the_setting() -> None:
     settings = {"resize": 8, "crop": 8, "batch_size": 64, "num_workers": 0, "device": "cpu"}
     with pytest.raises(RunFailedError, match=r"64 images at once .* memory\); .*eval\.batch_size"):
         extract_features(_Greedy(), Colors(2), mean=MEAN, std=STD, **settings)  # type: ignore[arg-type]  # a mixture of types
+
+
+class _Wide(nn.Module):
+    """The mean of an image many times, (N, 4096)."""
+
+    def forward(self, crops: list[Tensor]) -> Tensor:
+        return crops[0].mean((1, 2, 3))[:, None].expand(-1, 4096).clone()
+
+
+def test_features_are_in_memory_once() -> None:
+    (features, _), peak = with_peak_bytes(lambda: _extract(_Wide(), Colors(200, broken=(7,))))
+    assert features.shape == (199, 4096)
+    assert peak < 1.5 * features.nbytes  # with batches of four
+
+
+@pytest.mark.parametrize("registers", [0, 2])
+def test_no_batch_waits_for_the_device(registers: int) -> None:
+    """Whether all features are finite is asked once, after the last batch."""
+    sizes = {"patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3, "registers": registers}
+    backbone = build_backbone("vit_tiny_patch16_224", img_size=32, **sizes)  # type: ignore[arg-type]  # ints
+    how = {"resize": 24, "crop": 24}  # so that positions are resized
+    _extract(backbone, Colors(1), **how)  # mean and deviation are now on the device
+    with DeviceReads() as reads:
+        _extract(backbone, Colors(12), **how)
+    read_by_workers = ["_batch"] * 3
+    assert reads.callers == [*read_by_workers, "require_finite"]
