@@ -31,10 +31,12 @@ class Confusion:
     def add(self, found: Tensor, truth: Tensor) -> None:
         """Count the pixels of an image: class numbers of one shape, of `truth` also VOID."""
         self.images += 1
-        counted = truth != VOID
-        pairs = truth[counted].long() * self._num_classes + found[counted].long()
-        counts = torch.bincount(pairs, minlength=self._num_classes**2)
-        self.counts += counts.view_as(self.counts).cpu()
+        pairs = truth.long() * self._num_classes + found.long()
+        void = self.counts.numel()  # one more count, in place of a choice that waits for the device
+        counts = torch.bincount(
+            pairs.masked_fill_(truth == VOID, void).flatten(), minlength=void + 1
+        )
+        self.counts += counts[:void].view_as(self.counts).cpu()
 
     def iou(self) -> list[float | None]:
         """Intersection over union of each class in percent; None where both are empty."""
