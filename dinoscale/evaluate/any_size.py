@@ -29,6 +29,7 @@ from dinoscale.data.sources.folder import FolderSource
 from dinoscale.data.sources.image_files import write_names
 from dinoscale.data.sources.listing import COMPRESSED_TAR, Listing, OtherFiles
 from dinoscale.data.sources.source import Source, StoredSource, open_source
+from dinoscale.data.transfer import to_device
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.features import eval_mode, require_finite
 from dinoscale.evaluate.frozen_backbone import (
@@ -362,5 +363,5 @@ def to_input(
 ) -> Tensor:
     """Normalise an image for a backbone: (1, C, H, W) on its device, of its dtype."""
     weight = next(like.parameters())
-    pixels = torch.from_numpy(to_pixels(image).copy()).permute(2, 0, 1)[None].to(weight.device)
-    return normalize_images(pixels, mean=mean, std=std).to(weight.dtype)
+    pixels = torch.from_numpy(to_pixels(image).copy()).permute(2, 0, 1)[None]
+    return normalize_images(to_device(pixels, weight.device), mean=mean, std=std).to(weight.dtype)

@@ -25,6 +25,7 @@ from dinoscale.data.augmentation.multi_crop import to_image, to_pixels
 from dinoscale.data.augmentation.normalize import normalize_images
 from dinoscale.data.decoding.decode import Decoder
 from dinoscale.data.sources.image_files import read_image_file
+from dinoscale.data.transfer import to_device
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.any_size import image_mode
 from dinoscale.evaluate.features import require_finite
@@ -180,7 +181,8 @@ def describe_files(
                 f"the network needs {least} along both sides. Use a larger --imsize."
             )
         image = torch.from_numpy(small).permute(2, 0, 1)[None]
-        normal = normalize_images(image.to(weight.device), mean=card.mean, std=card.std)
+        moved = to_device(image, weight.device)
+        normal = normalize_images(moved, mean=card.mean, std=card.std)
         with torch.no_grad():
             features.append(backbone([normal.to(weight.dtype)]).float())
     return F.normalize(require_finite(torch.cat(features)), dim=1)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dinoscale.data.seeding import Stream, generator
+from dinoscale.data.transfer import to_device
 from dinoscale.errors import DataError
 from dinoscale.evaluate.any_size import Fit
 from dinoscale.evaluate.dense_probes.pairs import Pairs, Reading, whole_images
@@ -63,7 +64,7 @@ def fill_bank(
             known = np.flatnonzero(found != NOT_A_CLASS)
             rng = generator(seed, Stream.SUBSET, index)
             chosen = torch.from_numpy(np.sort(rng.permutation(known)[:of_each]))
-            rows = one.flatten(1).T[chosen.to(one.device)]
+            rows = one.flatten(1).T[to_device(chosen, one.device)]
             features.append(F.normalize(rows, dim=1))
             classes.append(torch.from_numpy(found)[chosen])
             images.append(torch.full_like(chosen, index))
