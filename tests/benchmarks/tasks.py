@@ -3,11 +3,11 @@
     python -m tests.benchmarks.tasks --data FOLDER --out DIR
     python -m tests.benchmarks.tasks --data FOLDER --out DIR --tasks knn depth --images 100
 
-FOLDER holds `imagenette224/`, `ecssd-masks/` and `davis-video/` as tar shards. Each run is a process
-of its own with an empty cache and two threads (OMP_NUM_THREADS=2), and two that decode, as is the
-default. Measured are its seconds on the clock, those of all its processors, and the most memory of
-one of its processes. DIR/times.json keeps each run as soon as it has ended; the same command goes
-on after those that are there.
+FOLDER holds `imagenette224/`, `ecssd-masks/` and `davis-video/` as tar shards. Each run has its own
+process, an empty cache, two threads (OMP_NUM_THREADS=2), and two processes that decode, as is
+the default. Measured are its seconds on the clock, those of all processors, and the most memory of
+a process. DIR/times.json keeps each run as soon as it has ended; the same command goes on after
+those that are there.
 
 A task runs on as many images as `TASKS` says, at most --images. Its time for 1,000 is that of
 starting (`embed` of one image), and the rest in proportion to the images. What trains, or takes
@@ -149,7 +149,7 @@ class Run(NamedTuple):
     peak_mb: int
 
 
-class Failed(Exception):
+class Failed(Exception):  # noqa: N818  # a result, not an error of this program
     """A command that ended with an error; says its last line."""
 
 
