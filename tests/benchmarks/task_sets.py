@@ -74,7 +74,8 @@ def _write_photographs(shards: Path, folder: Path, images: int) -> None:
             first.parent.mkdir(parents=True, exist_ok=True)
             first.write_bytes(picture)
             half = folder / "halves" / str(label % 2) / part  # five of the classes
-            places = [folder / "all", half, *([folder / "one"] if i == 0 else [])]
+            places = [folder / "all", half]
+            places += [folder / "one"] * (part == "train" and i == 0)
             for place in places:
                 _link(first, place / name)
 

@@ -45,7 +45,7 @@ class Task(NamedTuple):
     """
 
     words: str
-    images: int = 250
+    images: int = 128
     steps: tuple[int, int, int] | None = None
     unit: str = ""
     grows: bool = False
@@ -70,24 +70,24 @@ TASKS = {
     "knn": Task(f"evaluate knn {_LABELLED}", images=MOST),
     "logistic": Task(f"evaluate logistic {_LABELLED}", images=MOST),
     "transfer": Task(
-        "evaluate transfer {weights} --sets {sets}/halves/0 {sets}/halves/1", images=MOST
+        "evaluate transfer {weights} --sets {sets}/halves/0 {sets}/halves/1", images=500
     ),
     "probe": Task("evaluate probe {weights} --probe {probe} --test {sets}/all"),
     "linear": Task(
         f"evaluate linear {_LABELLED} --iterations {{steps}}",
         images=100,
-        steps=(1, 3, 12_500),
+        steps=(1, 2, 12_500),
         unit="steps of 128 crops",
     ),
     "linear-whole-images": Task(
         f"evaluate linear {_LABELLED} --no-augmentation --iterations {{steps}}",
-        images=100,
+        images=60,
         steps=(100, 600, 12_500),
         unit="steps of 128 rows",
     ),
     "finetune": Task(
         f"evaluate finetune {_LABELLED} --batch-size 16 --epochs {{steps}}",
-        images=100,
+        images=60,
         steps=(1, 2, 30),
         unit="epochs",
         grows=True,
