@@ -48,6 +48,16 @@ def add_labelled_sets(task: argparse.ArgumentParser) -> None:
         task.add_argument(option, required=True, metavar="DATA", help=LABELLED_HELP)
 
 
+def add_labels(task: argparse.ArgumentParser) -> None:
+    """Add --labels."""
+    task.add_argument(
+        "--labels",
+        metavar="FILE.json",
+        help="several right classes for each test image: ReaL's real.json, or an object {IMAGE:"
+        " [CLASSES]}; default: the class of each image",
+    )
+
+
 def add_details(task: argparse.ArgumentParser) -> None:
     """Add --per-class and --predictions."""
     task.add_argument(

@@ -334,18 +334,18 @@ def pixel_features(
     features: what color and layout alone tell about the classes. The ranks share the images.
 
     Args:
-        source: labelled images; damaged images are left out with a warning.
+        source: damaged images are left out with a warning.
         batch_size: images that a worker sends at a time.
         num_workers: processes that decode; 0 decodes in this one.
 
     Returns:
-        Pixels (N, 256 C) float32 in 0..1, neither centered nor normalised; labels (N,) int64.
+        Pixels (N, 256 C) float32 in 0..1, neither centered nor normalised, and the numbers of
+        their images in the source, (N,) int64.
 
     Raises:
-        DataError: an image has no label, or none can be read.
+        DataError: no image can be read.
         UnavailableError: the file of an image cannot be read at all.
     """
-    labels = check_labels(source, name="evaluation")
 
     def extract(ids: NDArray[np.int64], check: Callable[[], None]) -> tuple[Tensor, Tensor]:
         batches = eval_batches(
@@ -367,7 +367,7 @@ def pixel_features(
     pixels, numbers = over_ranks(extract, num_images=len(source), batch_size=batch_size)
     if not len(pixels):
         raise DataError(f"none of the {len(source)} images can be read")
-    return pixels, torch.from_numpy(labels)[numbers]
+    return pixels, numbers
 
 
 class _Thumbnails:

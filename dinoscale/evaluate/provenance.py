@@ -19,7 +19,7 @@ WEIGHTS = "weights"  # the option
 # Options of tasks that name input files.
 _INPUTS = (
     *(WEIGHTS, "train", "test", "data", "images", "masks", "sequences", "ground_truth"),
-    *("originals", "queries", "distractors", "pairs", "whitening", "probe", "boxes"),
+    *("originals", "queries", "distractors", "pairs", "whitening", "probe", "boxes", "labels"),
     *("train_masks", "test_masks", "train_depths", "test_depths", "head"),
 )
 _SETS = "sets"  # the option that names several

@@ -173,6 +173,8 @@ def _add_labelled_sets(place: Path) -> None:
         "gnd": [{"easy": [2], "hard": [3], "junk": [0], "bbx": [1, 2, 30, 40]}],
     }
     (place / "gnd_roxford5k.json").write_text(json.dumps(truth))
+    several = {f"val{i}.jpg": ["xy"[i % 2], *("x" * (i == 1))] for i in range(16)}
+    (place / "real.json").write_text(json.dumps(several))
 
 
 def _save_mask(path: Path) -> None:

@@ -12,6 +12,7 @@ from dinoscale.cli.arguments import (
     add_details,
     add_extraction,
     add_labelled_sets,
+    add_labels,
     add_no_cache,
     add_untrained,
     add_weights,
@@ -169,6 +170,7 @@ def _add_knn(tasks: SubCommands) -> None:
     )
     add_untrained(knn)
     add_no_cache(knn)
+    add_labels(knn)
     add_details(knn)
     knn.set_defaults(run=_evaluate_knn)
 
@@ -183,6 +185,7 @@ def _evaluate_knn(options: argparse.Namespace) -> dict[str, Any]:
         ks=options.k or KS,
         pixels=options.pixels,
         untrained=options.untrained,
+        labels_path=options.labels,
         details=details_of(options),
         options=extraction_options(options, batch_size=options.batch_size),
     )

@@ -10,6 +10,7 @@ from dinoscale.cli.arguments import (
     add_batch_size,
     add_details,
     add_labelled_sets,
+    add_labels,
     add_no_cache,
     add_num_workers,
     add_number,
@@ -135,7 +136,8 @@ def _add_probe(tasks: SubCommands) -> None:
         " another test set, on the features of the WEIGHTS that it was trained on (of `finetune`,"
         " those written beside it). Classes are matched by the names of their folders. The set may"
         " have some of them only, as ImageNet-R and -A: then these alone compete, and"
-        " top1_all_classes is the accuracy among all. Under torchrun, deepspeed or srun the ranks"
+        " top1_all_classes is the accuracy among all. With --labels, those that the file names"
+        " compete. Under torchrun, deepspeed or srun the ranks"
         " share the images.",
         epilog="example: dinoscale evaluate probe weights.safetensors --probe linear.safetensors"
         " --test /data/imagenet-r",
@@ -150,6 +152,7 @@ def _add_probe(tasks: SubCommands) -> None:
     add_batch_size(probe)
     add_num_workers(probe, of_rank=" of each rank")
     add_no_cache(probe)
+    add_labels(probe)
     add_details(probe)
     probe.set_defaults(run=_evaluate_probe)
 
@@ -161,6 +164,7 @@ def _evaluate_probe(options: argparse.Namespace) -> dict[str, Any]:
         options.weights,
         options.probe,
         options.test,
+        labels_path=options.labels,
         details=details_of(options),
         options=extraction_options(options, batch_size=options.batch_size),
     )

@@ -82,7 +82,7 @@ def classes_of(source: Source, labels: NDArray[np.int64]) -> Classes:
         if absent:
             raise DataError(
                 f"{FILE_NAME} of the shards of {source.path(0)} names no class"
-                f" {_some(map(str, absent))}. Complete it, or remove it."
+                f" {some_names(map(str, absent))}. Complete it, or remove it."
             )
         names = {number: listed[number] for number in present if listed}
         return Classes(present, names, {number: number for number in present})
@@ -100,7 +100,7 @@ def _with_list(
     Raises:
         DataError: two subfolders are one class of the list.
     """
-    number_of = _by_name(listed)
+    number_of = by_name(listed)
     as_numbers = {i: whole_number(name) for i, (name,) in names.items()}
     numbers = {i: number for i, number in as_numbers.items() if number is not None}
     matches = {i: number_of.get(name_key(name)) for i, (name,) in names.items()}
@@ -130,8 +130,8 @@ def same_classes(train: Classes, test: Classes) -> dict[int, int]:
             is two of the other, or the test set has a class that the train set lacks.
     """
     if train.names and test.names and train.are_numbers == test.are_numbers:
-        known = _by_name(train.names)
-        own = _by_name(test.names)
+        known = by_name(train.names)
+        own = by_name(test.names)
         found: dict[int, int | None] = dict.fromkeys(test.present)
         for name in own.keys() & known.keys():
             i, match = own[name], known[name]
@@ -155,7 +155,8 @@ def same_classes(train: Classes, test: Classes) -> dict[int, int]:
     if missing:
         raise DataError(
             "test has classes that train has no images of: "
-            f"{_some(map(test.shown, missing))}; train has {_some(map(train.shown, train.present))}"
+            f"{some_names(map(test.shown, missing))};"
+            f" train has {some_names(map(train.shown, train.present))}"
         )
     same = {i: match for i, match in found.items() if match is not None}
     for a, b in _merged(same):
@@ -174,7 +175,7 @@ def _merged(numbers: dict[int, int]) -> Iterator[tuple[int, int]]:
             yield first[number], i
 
 
-def _by_name(names: dict[int, tuple[str, ...]]) -> dict[str, int]:
+def by_name(names: dict[int, tuple[str, ...]]) -> dict[str, int]:
     """Name -> number, for the names that only one class has.
 
     ImageNet has two cranes: their identifiers tell them apart.
@@ -267,7 +268,7 @@ def read_classes(path: str) -> dict[int, tuple[str, ...]]:
     if len(listed) < len(pairs):
         raise DataError(f"{path} gives one number to two classes. Correct it.")
     try:
-        _by_name(listed)
+        by_name(listed)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     return listed
@@ -279,7 +280,8 @@ def _is_consecutive(numbers: Iterable[int]) -> bool:
     return any(ordered == list(range(first, first + len(ordered))) for first in (0, 1))
 
 
-def _some(names: Iterable[str]) -> str:
+def some_names(names: Iterable[str]) -> str:
+    """The first names for a message, and how many more there are."""
     listed = list(names)
     more = len(listed) - NAMES_SHOWN
     return ", ".join(listed[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,6 +1,6 @@
 """Accuracy of classifiers.
 
-Shape letters: N images, G classifiers, C classes.
+Shape letters: N images, G classifiers, C classes, L labels of an image at most.
 """
 
 from __future__ import annotations
@@ -21,13 +21,21 @@ def num_correct(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         logits: scores of each class, (N, C), or (N, G, C) of G classifiers.
-        labels: (N,) int64.
+        labels: (N,) int64, or (N, L), of which any is right.
 
     Returns:
         Two int64 counts, each () or (G,).
     """
-    hits = _ranked(logits) == labels.view(-1, *[1] * (logits.ndim - 1))
+    hits = are_right(_ranked(logits), labels)
     return hits[..., 0].sum(dim=0), hits.any(dim=-1).sum(dim=0)
+
+
+def are_right(classes: Tensor, labels: Tensor) -> Tensor:
+    """Which classes (N, ...) are the label (N,) of their image, or among its labels (N, L)."""
+    ones = [1] * (classes.ndim - 1)
+    if labels.ndim == 1:
+        return classes == labels.view(-1, *ones)
+    return (classes[..., None] == labels.view(len(labels), *ones, -1)).any(-1)
 
 
 def answers(logits: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What a classifier answers for each test image: by class, with intervals, and as a file.
 
-Shape letters: M test images that can be read, C classes.
+Shape letters: M test images that can be read, or of those with several labels the ones with any; C
+classes, L labels of an image at most.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from dinoscale.data.sources.classes import Classes, classes_of
 from dinoscale.data.sources.folder import FolderSource
 from dinoscale.data.sources.source import Source
 from dinoscale.errors import ConfigError
+from dinoscale.evaluate.classification.accuracy import are_right
 from dinoscale.evaluate.features import check_labels
 from dinoscale.evaluate.predictions import (
     COLUMNS,
@@ -29,6 +32,7 @@ from dinoscale.runtime import distributed
 from dinoscale.runtime.outputs import require_ours
 
 LEVEL = 0.95  # of the intervals
+_BETWEEN = " | "  # the classes of an image in a file of predictions
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,8 @@ class Details:
     """What a report says of the answers besides the score.
 
     Attributes:
-        per_class: the accuracy of each class, and the confusion matrix.
+        per_class: the accuracy of each class, and the confusion matrix, which images of several
+            labels have not.
         predictions: file for the answer of each image, .npz or .csv; None writes none.
     """
 
@@ -69,7 +74,7 @@ class Answers:
         test: the images.
         classes: returns the names of the classes.
         numbers: of the images that could be read, in `test`, (M,) int64.
-        labels: class of each, (M,) int64.
+        labels: class of each, (M,) int64, or its classes (M, L), see `label_lists`.
         answers: class that the classifier gives each, (M,) int64; -1 for none.
     """
 
@@ -100,7 +105,13 @@ class Answers:
         return found
 
     def _by_class(self) -> dict[str, object]:
-        """Accuracy of each class that has images, in percent; rows of the matrix are true ones."""
+        """Accuracy of each class that has images, in percent; rows of the matrix are true ones.
+
+        Where images have several labels, the accuracy of a class is that of the images which it is
+        a label of. They have no row of a matrix.
+        """
+        if self.labels.ndim == 2:
+            return {"per_class": self._by_any_class()}
         from sklearn.metrics import confusion_matrix
 
         labels, answers = self.labels.cpu().numpy(), self.answers.cpu().numpy()
@@ -113,16 +124,32 @@ class Answers:
             classes.append({"class": names[i], "images": images, "top1": top1})
         return {"per_class": classes, "confusion": {"classes": names, "matrix": matrix.tolist()}}
 
+    def _by_any_class(self) -> list[dict[str, object]]:
+        correct, classes = are_right(self.answers, self.labels), self.classes()
+        found = list[dict[str, object]]()
+        for number in self.labels[self.labels >= 0].unique().tolist():
+            of_class = (self.labels == number).any(1)
+            images, right = int(of_class.sum()), int((of_class & correct).sum())
+            name = classes.name(number)
+            found.append({"class": name, "images": images, "top1": 100 * right / images})
+        return found
+
     def _columns(self) -> dict[str, NDArray[np.generic]]:
-        """Name, class, answer and whether it is right, of each image, (M,) each."""
+        """Name, class or classes, answer and whether it is right, of each image, (M,) each."""
         above = os.path.join(self.test.root, "") if isinstance(self.test, FolderSource) else ""
         images = [self.test.path(number).removeprefix(above) for number in self.numbers.tolist()]
-        labels, answers = self.labels.tolist(), self.answers.tolist()
+        labels, answers = self.labels.view(len(self.labels), -1), self.answers[:, None]
         known = self.classes()
-        names = {number: known.name(number) for number in {*labels, *answers} if number >= 0}
-        of_images = [labels, answers]
-        named = [[names.get(number, "") for number in column] for column in of_images]
-        correct = (self.labels == self.answers).cpu().numpy()
+        numbers = torch.cat([labels, answers], dim=1).unique().tolist()
+        names = {number: known.name(number) for number in numbers if number >= 0}
+        named = [
+            [
+                _BETWEEN.join(names[number] for number in of_image if number >= 0)
+                for of_image in rows
+            ]
+            for rows in (labels.tolist(), answers.tolist())
+        ]
+        correct = are_right(self.answers, self.labels).cpu().numpy()
         columns = zip(COLUMNS, [*map(_text, [images, *named]), correct], strict=True)
         return dict(columns)
 

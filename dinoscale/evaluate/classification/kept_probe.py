@@ -3,7 +3,8 @@
 The file holds `weight` (C, K) and `bias` (C,), and a card: of which features of which backbone they
 are, and what the classes are called.
 
-Shape letters: N images that can be read, C classes, K width of the classifier's input.
+Shape letters: N images that can be read, C classes, K width of the classifier's input, L labels of
+an image at most.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dinoscale.data.sources.source import Source
 from dinoscale.errors import CheckpointError, DataError
 from dinoscale.evaluate.classification.accuracy import answers, num_correct, percent
 from dinoscale.evaluate.classification.answers import NO_DETAILS, Answers, Details, intervals
-from dinoscale.evaluate.classification.labelled_sets import describe_set, labels_of
+from dinoscale.evaluate.classification.labelled_sets import describe_set
 from dinoscale.evaluate.classification.linear_heads import FeatureKind, TokenFeatures
 from dinoscale.evaluate.feature_cache import weights_digest
 from dinoscale.evaluate.features import check_labels
@@ -36,6 +37,7 @@ from dinoscale.evaluate.frozen_backbone import (
     FeatureExtractor,
     load_extractor,
 )
+from dinoscale.evaluate.label_lists import LabelLists, read_label_lists, with_a_class
 from dinoscale.runtime import distributed
 from dinoscale.runtime.opening import on_first_rank, open_once_per_node
 
@@ -152,7 +154,7 @@ class KeptProbe:
         return F.normalize(rows, dim=1) if card.normalised else rows, numbers
 
     def judge(self, rows: Tensor, labels: Tensor, competing: list[int]) -> _Judgement:
-        """Classify rows (N, K) of known labels (N,) among some classes, and among all."""
+        """Classify rows (N, K) of known labels (N,) or (N, L) among some classes, and among all."""
         weight, bias = self.weight.to(rows.device), self.bias.to(rows.device)
         found, counts = [], [0, 0, 0]
         for some, truth in zip(rows.split(_AT_ONCE), labels.split(_AT_ONCE), strict=True):
@@ -208,6 +210,7 @@ def evaluate_probe(
     probe_path: str | Path,
     test_spec: str,
     *,
+    labels_path: str | Path | None = None,
     details: Details = NO_DETAILS,
     options: ExtractionOptions = DEFAULT_EXTRACTION,
 ) -> dict[str, object]:
@@ -220,6 +223,8 @@ def evaluate_probe(
         weights_path: the backbone that the classifier was trained on.
         probe_path: file of the classifier.
         test_spec: labelled images, as `data.train` of a config.
+        labels_path: file with several right classes for each image, see `label_lists`: those that
+            it names compete, and there is no top-5. None takes the class of each image.
         details: what to say of the answers for single images.
         options: which network, which device, and how images are read; sizes that are not given are
             those of the training.
@@ -236,26 +241,24 @@ def evaluate_probe(
     extractor = load_extractor(weights_path, replace(options, resize=resize, crop=crop))
     distributed.together(partial(_require_backbone, extractor, probe, probe_path))
     source = open_once_per_node(partial(extractor.open, test_spec))
-    first = on_first_rank(lambda _: _same(card.classes, source))
-    same = distributed.broadcast_object(first)
-    assert same is not None
+    first = on_first_rank(lambda _: _truth(card.classes, source, test_spec, labels_path))
+    truth = distributed.broadcast_object(first)
+    assert truth is not None
     rows, numbers = probe.rows(extractor, source)
     if not len(rows):
         raise DataError(f"{test_spec}: none of the images can be read")
-    labels = labels_of(source, numbers, name="test")
-    renumbered = torch.tensor([same.get(i, -1) for i in range(max(same) + 1)])
-    truth = renumbered.to(labels.device)[labels]
-    found = probe.judge(rows, truth, [*same.values()])
+    unreadable = len(source) - len(rows)
+    rows, numbers, labels = truth.counted(rows, numbers)
+    found = probe.judge(rows, labels, truth.competing)
     given = Answers(
-        *(source, lambda: card.classes, numbers.cpu(), truth.cpu(), found.answers.cpu())
+        *(source, lambda: card.classes, numbers.cpu(), labels.cpu(), found.answers.cpu())
     )
-    trained = len(card.classes.present)
-    score = _score(found, images=len(rows), competing=len(same), trained=trained)
+    score = _score(found, truth, images=len(rows), trained=len(card.classes.present))
     return extractor.report(
         "probe",
         probe=str(probe_path),
-        test=describe_set(test_spec, source, labels, unreadable=len(source) - len(labels)),
-        protocol=_protocol(extractor, card, competing=len(same)),
+        test=describe_set(test_spec, source, labels, unreadable=unreadable, lists=truth.lists),
+        protocol=_protocol(extractor, card, competing=len(truth.competing)),
         score=score,
         intervals=intervals(score, images=len(labels)),
         **given.report(details),
@@ -276,13 +279,45 @@ def _require_backbone(extractor: FeatureExtractor, probe: KeptProbe, path: str |
         )
 
 
-def _same(classes: Classes, test: Source) -> dict[int, int]:
-    return same_classes(classes, classes_of(test, check_labels(test, name="test")))
+@dataclass(frozen=True, eq=False)
+class _Truth:
+    """The right classes of the images of a set, in the numbers of the classifier.
+
+    Attributes:
+        competing: the classes that it is asked to choose from.
+        labels: (N,) int64 of all images of the set, or (N, L) of lists.
+        lists: where they are from a file.
+    """
+
+    competing: list[int]
+    labels: Tensor
+    lists: LabelLists | None = None
+
+    def counted(self, rows: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, numbers and labels of the images with a label, of rows (n, K) and numbers (n,)."""
+        labels = self.labels.to(numbers.device)[numbers]
+        if self.lists is None:
+            return rows, numbers, labels
+        counted = with_a_class(labels)
+        return rows[counted], numbers[counted], labels[counted]
 
 
-def _score(found: _Judgement, *, images: int, competing: int, trained: int) -> dict[str, float]:
+def _truth(classes: Classes, test: Source, spec: str, labels_path: str | Path | None) -> _Truth:
+    if labels_path is not None:
+        lists = read_label_lists(labels_path, test, spec, classes)
+        return _Truth(lists.named, lists.rows, lists)
+    labels = check_labels(test, name="test")
+    same = same_classes(classes, classes_of(test, labels))
+    renumbered = torch.tensor([same.get(i, -1) for i in range(max(same) + 1)])
+    return _Truth([*same.values()], renumbered[torch.from_numpy(labels)])
+
+
+def _score(found: _Judgement, truth: _Truth, *, images: int, trained: int) -> dict[str, float]:
     """Top-1 and top-5 among the classes of the set; and top-1 among all, if these are more."""
+    competing = len(truth.competing)
     score = percent(found.top1, found.top5, images=images, num_classes=competing)
+    if truth.lists is not None:
+        score.pop("top5", None)  # Beyer et al. report none
     if competing == trained:
         return score
     return score | {"top1_all_classes": 100 * found.top1_of_all / images}

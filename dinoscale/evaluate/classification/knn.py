@@ -3,7 +3,8 @@
 `knn_accuracy` is the arithmetic on tensors, `evaluate_knn` the whole measurement of a weights file
 on two labelled sets.
 
-Shape letters: N images in the bank, M test images, D width, C classes, k neighbours.
+Shape letters: N images in the bank, M test images, D width, C classes, k neighbours, L classes of
+a test image at most.
 Source: Wu et al. 2018 (arXiv:1805.01978), section 3.4, as used by Caron et al. 2021
 (arXiv:2104.14294), section 4.1, and its published evaluation code.
 """
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 
 from dinoscale.data.sources.source import Source
 from dinoscale.errors import ConfigError
+from dinoscale.evaluate.classification.accuracy import TOP, are_right
 from dinoscale.evaluate.classification.answers import (
     NO_DETAILS,
     Answers,
@@ -34,7 +36,6 @@ from dinoscale.evaluate.classification.labelled_sets import (
     Features,
     LabelledSets,
     describe_set,
-    labels_of,
 )
 from dinoscale.evaluate.features import PIXEL_SIDE, pixel_features
 from dinoscale.evaluate.frozen_backbone import (
@@ -52,7 +53,6 @@ log = logging.getLogger(__name__)
 KS = (10, 20, 100, 200)  # of the published protocol
 QUOTED_K = 20  # the one usually quoted
 TEMP = 0.07  # of the votes, dimensionless; Wu et al. 2018
-TOP = 5  # classes that count for the top-5 accuracy
 # Cosines held at a time: 256 MiB of float32.
 TEST_CHUNK, BANK_CHUNK = 2**10, 2**16
 
@@ -93,7 +93,8 @@ def knn_accuracy(
         train_features: the bank, (N, D), any float dtype and norm; cosines run in float32.
         train_labels: (N,) int64, 0 or more.
         test_features: (M, D), on the same device.
-        test_labels: (M,) int64; a class that the bank lacks is never correct.
+        test_labels: (M,) int64; a class that the bank lacks is never correct. Or (M, L), of which
+            each is correct.
         ks: numbers of neighbours; a k above N uses all N, with a warning.
         temp: > 0, dimensionless; infinity makes all votes equal.
         chunk_size: test images at a time; does not change the result. None: 1024.
@@ -165,10 +166,11 @@ def _check_sets(
 ) -> None:
     sets = {"train": (train_features, train_labels), "test": (test_features, test_labels)}
     for name, (features, labels) in sets.items():
-        if features.ndim != 2 or labels.shape != features.shape[:1] or not len(labels):
+        of_one = labels.amax(1) if name == "test" and labels.ndim == 2 else labels
+        if features.ndim != 2 or of_one.shape != features.shape[:1] or not len(labels):
             shapes = f"{[*features.shape]}, {[*labels.shape]}"
             raise ValueError(f"{name}: need features (N, D) and labels (N,), N > 0; got {shapes}")
-        if int(labels.min()) < 0:
+        if int(of_one.min()) < 0:
             raise ValueError(f"{name}: every image needs a label to vote or to be scored")
     if train_features.shape[1] != test_features.shape[1]:
         widths = f"{train_features.shape[1]} and {test_features.shape[1]}"
@@ -247,9 +249,9 @@ def log_votes(similarity: Tensor, classes: Tensor, *, temp: float, num_classes: 
 
 def _answers(votes: Tensor, labels: Tensor, *, k: int) -> Tensor:
     """Class with the most votes, whether it is the label, and whether one of five is: (M, 3)."""
-    ranked = votes.sort(dim=1, descending=True, stable=True).indices
-    hits = ranked == labels[:, None]
-    return torch.stack([ranked[:, 0], hits[:, 0], hits[:, : min(TOP, k)].any(1)], dim=1)
+    ranked = votes.sort(dim=1, descending=True, stable=True).indices[:, : min(TOP, k)]
+    hits = are_right(ranked, labels)
+    return torch.stack([ranked[:, 0], hits[:, 0], hits.any(1)], dim=1)
 
 
 def evaluate_knn(
@@ -261,6 +263,7 @@ def evaluate_knn(
     temp: float = TEMP,
     pixels: bool = False,
     untrained: bool = False,
+    labels_path: str | Path | None = None,
     details: Details = NO_DETAILS,
     options: ExtractionOptions = DEFAULT_EXTRACTION,
 ) -> dict[str, object]:
@@ -277,6 +280,8 @@ def evaluate_knn(
         temp: of the votes, dimensionless.
         pixels: also measure 16 x 16 pixels, minus the bank's mean image.
         untrained: also measure the same architecture with fresh weights.
+        labels_path: file with several right classes for each test image, see `label_lists`; then
+            there is no top-5. None takes the class of each image.
         details: what to say of the answers for single images, by the first k of `score`.
         options: which network, which device, and how features are extracted.
 
@@ -292,22 +297,21 @@ def evaluate_knn(
     _check_settings(ks=ks, temp=temp)
     details.check()
     extractor = load_extractor(weights_path, options)
-    sets = LabelledSets.open(train_spec, test_spec, extractor.open)
-    extract = _Numbered(extractor)
-    features = sets.features(extract)
+    sets = LabelledSets.open(train_spec, test_spec, extractor.open, labels_path=labels_path)
+    features = sets.features(extractor.unlabelled)
     by_k = _classify(features, ks=ks, temp=temp)
     report = extractor.report(
         "knn",
         train=_describe(train_spec, sets.bank, features.bank_labels),
-        test=_describe(test_spec, sets.test, features.test_labels),
+        test=sets.describe_test(test_spec, features),
         protocol=_protocol(extractor, ks=ks, temp=temp),
         score=_score(by_k),
-        knn=_by_k(by_k),
+        knn=_by_k(by_k, sets),
         intervals=intervals(_score(by_k), images=len(features.test)),
-        **_answers_of(sets, features, extract.numbers[-1], by_k).report(details),
+        **_answers_of(sets, features, by_k).report(details),
     )
     if untrained:
-        fresh = sets.features(extractor.untrained().features)
+        fresh = sets.features(extractor.untrained().unlabelled)
         report["untrained"] = _score(_classify(fresh, ks=ks, temp=temp))
     if pixels:
         report |= _pixel_baseline(sets, ks=ks, temp=temp, num_workers=options.num_workers)
@@ -322,41 +326,22 @@ def _check_settings(*, ks: Sequence[int], temp: float) -> None:
 
 
 def _classify(features: Features, *, ks: Sequence[int], temp: float) -> Results:
-    return knn_accuracy(*features, ks=ks, temp=temp)
+    bank, bank_labels, test, test_labels, *_ = features
+    return knn_accuracy(bank, bank_labels, test, test_labels, ks=ks, temp=temp)
 
 
-def _by_k(results: Results) -> dict[str, dict[str, float]]:
-    return {
-        str(k): {"top1": found.top1, "top5": found.top5, "neighbours": found.neighbours}
-        for k, found in results.items()
-    }
+def _by_k(results: Results, sets: LabelledSets) -> dict[str, dict[str, float]]:
+    """All numbers of each k; of several labels there is no top-5, as in their paper."""
+    names = ("top1", "top5", "neighbours") if sets.lists is None else ("top1", "neighbours")
+    return {str(k): {name: getattr(found, name) for name in names} for k, found in results.items()}
 
 
-class _Numbered:
-    """Extracts features and labels, and keeps which images could be read.
-
-    Attributes:
-        numbers: of these in their set, (N,) int64, of each set in turn.
-    """
-
-    def __init__(self, extractor: FeatureExtractor) -> None:
-        self.numbers: list[Tensor] = []
-        self._extractor = extractor
-
-    def __call__(self, source: Source) -> tuple[Tensor, Tensor]:
-        features, numbers = self._extractor.unlabelled(source)
-        self.numbers.append(numbers.cpu())
-        return features, labels_of(source, numbers, name="evaluation")
-
-
-def _answers_of(
-    sets: LabelledSets, features: Features, numbers: Tensor, results: Results
-) -> Answers:
+def _answers_of(sets: LabelledSets, features: Features, results: Results) -> Answers:
     """The answers of the number of neighbours that is quoted."""
     return Answers(
         sets.test,
         classes_of_set(sets.bank),
-        numbers,
+        features.test_numbers.cpu(),
         features.test_labels.cpu(),
         results[_quoted_first(results)[0]].classes.cpu(),
     )
@@ -399,5 +384,9 @@ def _pixel_baseline(
     equal = _classify(features, ks=ks, temp=math.inf)
     return {
         "floors": _score(by_k),
-        "pixels": {"features": about, "knn": _by_k(by_k), "knn_equal_votes": _by_k(equal)},
+        "pixels": {
+            "features": about,
+            "knn": _by_k(by_k, sets),
+            "knn_equal_votes": _by_k(equal, sets),
+        },
     }

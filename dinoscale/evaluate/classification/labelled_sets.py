@@ -1,6 +1,7 @@
 """Two labelled sets, one to learn from and one to test on, and their features.
 
-Shape letters: N readable images of the bank, M of the test set; D width, C classes.
+Shape letters: N readable images of the bank, M counted ones of the test set; D width, C classes,
+L classes of an image at most.
 """
 
 from __future__ import annotations
@@ -9,17 +10,19 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dinoscale.data.sources.classes import classes_of, same_classes
+from dinoscale.data.sources.classes import Classes, classes_of, same_classes
 from dinoscale.data.sources.mixture import left_out_counts
 from dinoscale.data.sources.source import Source
 from dinoscale.errors import DataError
 from dinoscale.evaluate.features import check_labels
+from dinoscale.evaluate.label_lists import LabelLists, read_label_lists, with_a_class
 from dinoscale.evaluate.overlap import find_overlap
 from dinoscale.runtime import distributed
 from dinoscale.runtime.opening import on_first_rank, open_once_per_node
@@ -33,7 +36,9 @@ class Features(NamedTuple):
     bank: Tensor  # (N, D)
     bank_labels: Tensor  # (N,) int64
     test: Tensor  # (M, D)
-    test_labels: Tensor  # (M,) int64
+    test_labels: Tensor  # (M,) int64, or (M, L) of `LabelLists`
+    test_numbers: Tensor  # of the images in the test set, (M,) int64
+    without_label: int = 0  # images of the test set that can be read and are not counted
 
 
 @dataclass(frozen=True)
@@ -44,12 +49,14 @@ class LabelledSets:
         bank: labelled images to learn from.
         test: labelled images to test on.
         renumber: (C,) int64, the bank's number of each class of the test set, -1 for one without
-            images.
+            images; of no class if there are lists.
+        lists: several classes for each image of the test set, instead of its own.
     """
 
     bank: Source
     test: Source
     renumber: Tensor
+    lists: LabelLists | None = None
 
     @classmethod
     def open(
@@ -57,6 +64,8 @@ class LabelledSets:
         train_spec: str,
         test_spec: str,
         open_images: Callable[[str, Callable[[], None]], Source],
+        *,
+        labels_path: str | Path | None = None,
     ) -> LabelledSets:
         """Open both, once a node; all ranks of a job call it, and fail together.
 
@@ -64,39 +73,64 @@ class LabelledSets:
             train_spec: the bank, as `data.train` of a config.
             test_spec: what to classify.
             open_images: opens one of them; takes a function to call while it works.
+            labels_path: file with several classes for each test image, see `label_lists`.
 
         Raises:
-            DataError: as `open_images` and `renumber_classes`.
+            DataError: as `open_images`, `renumber_classes` and `read_label_lists`.
         """
         bank = open_once_per_node(partial(open_images, train_spec))
         test = open_once_per_node(partial(open_images, test_spec))
-        first = on_first_rank(lambda _: renumber_classes(bank, test))
-        renumber = distributed.broadcast_object(first)
-        assert renumber is not None
-        return cls(bank, test, renumber)
+
+        def compare() -> tuple[Tensor, LabelLists | None]:
+            if labels_path is None:
+                return renumber_classes(bank, test), None
+            classes = _classes_of_bank(bank)
+            _warn_of_overlap(test, bank)
+            lists = read_label_lists(labels_path, test, test_spec, classes)
+            return torch.zeros(0, dtype=torch.int64), lists
+
+        found = distributed.broadcast_object(on_first_rank(lambda _: compare()))
+        assert found is not None
+        return cls(bank, test, *found)
 
     def features(self, extract: Callable[[Source], tuple[Tensor, Tensor]]) -> Features:
-        """Extract features and labels of both.
+        """Extract features of both, and look their labels up.
 
         Args:
-            extract: returns features (N, D) and labels (N,) of the readable images of a source.
+            extract: returns features (N, D) of the readable images of a source, and their numbers
+                in it (N,).
 
         Raises:
-            DataError: none of the images of a set can be read.
+            DataError: none of the images of a set can be read, or none has a label.
         """
-        bank, bank_labels = _readable(*extract(self.bank), name="train")
-        test, labels = _readable(*extract(self.test), name="test")
-        test_labels = self.renumber.to(labels.device)[labels]
-        lost = set(test_labels.tolist()) - set(bank_labels.tolist())
+        bank, of_bank = _readable(*extract(self.bank), name="train")
+        bank_labels = labels_of(self.bank, of_bank, name="train")
+        test, numbers = _readable(*extract(self.test), name="test")
+        found, without = len(test), 0
+        if self.lists is None:
+            labels = labels_of(self.test, numbers, name="test")
+            test_labels = self.renumber.to(labels.device)[labels]
+        else:
+            test_labels = self.lists.of(numbers)
+            counted = with_a_class(test_labels)
+            test, test_labels, numbers = test[counted], test_labels[counted], numbers[counted]
+            without = found - len(test)
+        lost = set(test_labels[test_labels >= 0].tolist()) - set(bank_labels.tolist())
         if lost:
             log.warning("train: no image can be read of %d classes that test has", len(lost))
-        return Features(bank, bank_labels, test, test_labels)
+        return Features(bank, bank_labels, test, test_labels, numbers, without)
+
+    def describe_test(self, spec: str, features: Features) -> dict[str, object]:
+        """Describe the test set for a report, as `describe_set`."""
+        unreadable = len(self.test) - len(features.test) - features.without_label
+        labels = features.test_labels
+        return describe_set(spec, self.test, labels, unreadable=unreadable, lists=self.lists)
 
 
-def _readable(features: Tensor, labels: Tensor, *, name: str) -> tuple[Tensor, Tensor]:
+def _readable(features: Tensor, numbers: Tensor, *, name: str) -> tuple[Tensor, Tensor]:
     if not len(features):
         raise DataError(f"{name}: none of the images can be read")
-    return features, labels
+    return features, numbers
 
 
 def labels_of(source: Source, numbers: Tensor, *, name: str) -> Tensor:
@@ -109,23 +143,33 @@ def labels_of(source: Source, numbers: Tensor, *, name: str) -> Tensor:
 
 
 def describe_set(
-    spec: str, source: Source, labels: Tensor, *, unreadable: int
+    spec: str,
+    source: Source,
+    labels: Tensor,
+    *,
+    unreadable: int,
+    lists: LabelLists | None = None,
 ) -> dict[str, object]:
     """Describe the used images of a set for a report.
 
     Args:
         spec: what it was opened from.
         source: the set.
-        labels: of the images that were used, (N,).
+        labels: of the images that were used, (N,), or (N, L) of lists.
         unreadable: number of images that could not be read.
+        lists: where the labels are from a file.
     """
-    return {
+    about: dict[str, object] = {
         "spec": spec,
         "images": len(labels),
         "unreadable": unreadable,
         "left_out": left_out_counts(source),
-        "classes": len(labels.unique()),
+        "classes": len(labels[labels >= 0].unique()),
     }
+    if lists is None:
+        return about
+    without = len(source) - unreadable - len(labels)
+    return about | {"labels_sha256": lists.sha256, "without_label": without}
 
 
 def renumber_classes(train: Source, test: Source) -> Tensor:
@@ -145,13 +189,24 @@ def renumber_classes(train: Source, test: Source) -> Tensor:
         DataError: a set has images without labels, the bank has one class only, or as
             `classes_of` and `same_classes`.
     """
-    labels = [check_labels(train, name="train"), check_labels(test, name="test")]
-    of_train, of_test = classes_of(train, labels[0]), classes_of(test, labels[1])
-    if len(of_train.present) == 1:
-        raise DataError("train: all images are of one class; need at least two")
-    same = same_classes(of_train, of_test)
+    of_train = _classes_of_bank(train)
+    same = same_classes(of_train, classes_of(test, check_labels(test, name="test")))
     if len(same) < len(of_train.present):
         log.info("test has images of %d of the %d classes", len(same), len(of_train.present))
+    _warn_of_overlap(test, train)
+    renumber = np.full(max(same) + 1, -1, dtype=np.int64)
+    renumber[list(same)] = list(same.values())
+    return torch.from_numpy(renumber)
+
+
+def _classes_of_bank(train: Source) -> Classes:
+    classes = classes_of(train, check_labels(train, name="train"))
+    if len(classes.present) == 1:
+        raise DataError("train: all images are of one class; need at least two")
+    return classes
+
+
+def _warn_of_overlap(test: Source, train: Source) -> None:
     shared = find_overlap(test, train) if distributed.rank() == 0 else None
     if shared is not None and shared.found:
         log.warning(
@@ -159,6 +214,3 @@ def renumber_classes(train: Source, test: Source) -> Tensor:
             " the accuracy is too high",
             *(shared.found, shared.looked_for, shared.example),
         )
-    renumber = np.full(max(same) + 1, -1, dtype=np.int64)
-    renumber[list(same)] = list(same.values())
-    return torch.from_numpy(renumber)

@@ -186,7 +186,7 @@ def _features(extractor: FeatureExtractor, spec: str) -> _Set:
     parts = split_of(spec)
     if parts is not None:
         sets = LabelledSets.open(*parts, extractor.open)
-        features = sets.features(extractor.features)
+        features = sets.features(extractor.unlabelled)
         same, split = np.arange(len(features.bank)), os.path.basename(parts[1])
         copies = None
     else:
@@ -238,7 +238,8 @@ def _unsplit(extractor: FeatureExtractor, spec: str) -> tuple[Features, Numbers,
     labels = labels_of(source, numbers, name=spec)
     tested = _tested(labels.cpu().numpy(), same, spec=spec)
     at = torch.from_numpy(tested).to(labels.device)
-    return Features(features[~at], labels[~at], features[at], labels[at]), same[~tested], copies
+    parts = Features(features[~at], labels[~at], features[at], labels[at], numbers[at])
+    return parts, same[~tested], copies
 
 
 def _tested(labels: Numbers, same: Numbers, *, spec: str) -> Chosen:

@@ -151,9 +151,9 @@ def test_pixel_features_average_areas_of_the_whole_image() -> None:
             pixels[:, 0] = 100  # half of the first column of the thumbnail
             return Picture.of(pixels, "halves")
 
-    features, labels = pixel_features(Halves(2), batch_size=1)
+    features, numbers = pixel_features(Halves(2), batch_size=1)
     rows = features.reshape(2, 3, 16, 16) * 255
-    assert labels.tolist() == [0, 1]
+    assert numbers.tolist() == [0, 1]
     torch.testing.assert_close(rows[1, 0, 5], torch.tensor([50.0] + 7 * [0.0] + 8 * [200.0]))
 
 
