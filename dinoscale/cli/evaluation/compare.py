@@ -40,7 +40,8 @@ def add_compare(tasks: SubCommands, add_tasks: Callable[[SubCommands], None]) ->
         " tasks printed (`dinoscale evaluate knn ... > knn.json`) may be given as REPORT.json. Only"
         " equal protocols, data and code share a column. Every result is saved in DIR/results at"
         " once, and the same command run again measures only those that are missing or whose"
-        " weights, images or code have changed. If a task fails, the table shows its error, the"
+        " weights, images or code have changed. The weights are ranked in every column, and over"
+        " those that have all of them. If a task fails, the table shows its error, the"
         " others go on, and the exit code is 2. Of classifiers it also tests, image by image, which"
         " differences are more than chance (McNemar). Writes DIR/compare.html, one file that needs"
         " no network, and DIR/compare.json.",

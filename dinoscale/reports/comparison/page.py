@@ -34,6 +34,7 @@ def _body(comparison: Comparison) -> list[Element]:
         element("h1", "Comparison"),
         element("p", _summary(comparison)),
         _table(comparison),
+        *_ranks(comparison),
         element("h2", "Weights"),
         html.definitions((row.label, row.about) for row in comparison.rows if row.kind != "floor"),
         *(_section(comparison, number) for number in numbers),
@@ -98,6 +99,37 @@ def _cell(row: Row, number: int, best: float | None) -> Element:
         notes.append(element("small", "not above its baselines", class_="warning"))
     is_best = row.kind == "weights" and best is not None and cell.headlines[0] == best
     return element("td", text, *notes, **({"class_": "best"} if is_best else {}))
+
+
+def _ranks(comparison: Comparison) -> list[Element]:
+    """A table of the rank of each weights in each column; nothing if no column ranks any."""
+    numbers = [i for i in range(len(comparison.columns)) if comparison.ranks(i)]
+    if not numbers:
+        return []
+    columns = [comparison.ranks(number) for number in numbers]
+    means, of = comparison.mean_ranks()
+    heads = [_head(comparison.columns[number]) for number in numbers]
+    heads += [element("th", f"mean of {of}", scope="col")] if of > 1 else []
+    rows = [
+        element(
+            "tr",
+            element("th", row.label, scope="row"),
+            *(element("td", _rank(ranks.get(row.label))) for ranks in columns),
+            *([element("td", _rank(means[row.label]))] if of > 1 else []),
+        )
+        for row in comparison.rows
+        if row.kind == "weights"
+    ]
+    note = (
+        "1 is the best; equal scores share the mean of their places. The mean is over the columns"
+        " that rank all weights."
+    )
+    table = html.table([element("th"), *heads], rows)
+    return [element("h2", "Rank of the weights by task"), element("p", note), table]
+
+
+def _rank(rank: float | None) -> str:
+    return "" if rank is None else f"{rank:.3g}"
 
 
 def _section(comparison: Comparison, number: int) -> Element:

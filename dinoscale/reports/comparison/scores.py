@@ -17,6 +17,7 @@ from typing import Any, Literal
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.provenance import WEIGHTS
 from dinoscale.reports.comparison.paired_tests import PairedTest, paired_tests
+from dinoscale.reports.comparison.ranks import mean_ranks, ranks_of
 from dinoscale.runtime.fingerprint import digest_of
 
 Report = Mapping[str, Any]  # as a task prints it
@@ -136,11 +137,23 @@ class Comparison:
         found = [cell.headlines[0] for cell in weights if cell.scores]
         return max(found) if len(found) > 1 else None
 
+    def ranks(self, column: int) -> dict[str, float]:
+        """Rank of each weights in a column by its headline, see `ranks_of`; empty if not ranked."""
+        if self.columns[column].task in NOT_RANKED:
+            return {}
+        found = [(row.label, row.cells.get(column)) for row in self.rows if row.kind == "weights"]
+        return ranks_of({label: cell.headlines[0] for label, cell in found if cell and cell.scores})
+
+    def mean_ranks(self) -> tuple[dict[str, float], int]:
+        """Mean rank of each weights, over how many columns that rank all of them."""
+        labels = [row.label for row in self.rows if row.kind == "weights"]
+        return mean_ranks([self.ranks(number) for number in range(len(self.columns))], labels)
+
     def as_json(self) -> dict[str, object]:
         """Ready for JSON; cells are in the order of the columns."""
         columns = [
             {"task": c.task, "headline": c.headline or None, "differs": c.differs}
-            | {"settings": c.settings}
+            | {"settings": c.settings, "ranks": self.ranks(number)}
             | {"paired_tests": [test.as_json() for test in self.tests.get(number, ())]}
             for number, c in enumerate(self.columns)
         ]
@@ -150,7 +163,10 @@ class Comparison:
             | {"cells": [_cell_json(row.cells.get(number), row.kind) for number in numbers]}
             for row in self.rows
         ]
-        return {"task": "compare", "columns": columns, "rows": rows, "failed": self.failed}
+        means, of = self.mean_ranks()
+        ranks = {"mean_ranks": means, "mean_ranks_of_columns": of}
+        table = {"task": "compare", "columns": columns, "rows": rows}
+        return {**table, **ranks, "failed": self.failed}
 
 
 def _cell_json(cell: Cell | None, kind: Kind) -> dict[str, object] | None:

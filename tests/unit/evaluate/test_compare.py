@@ -75,6 +75,29 @@ def test_other_protocols_and_data_are_other_columns_that_name_the_difference(
     assert table.best(0) is table.best(1) is None  # nothing beside them
 
 
+def test_weights_are_ranked_in_each_column_and_equal_ones_share_their_places(
+    tmp_path: Path,
+) -> None:
+    scores = {"a": (50.0, 7.0), "b": (60.0, 9.0), "c": (60.0, 8.0), "d": (40.0, None)}
+    beside = {"untrained": {"top1_k10": 99.0}}
+    reports = [_report(name, first, **beside) for name, (first, _) in scores.items()]
+    reports += [_report(n, x, task="video") for n, (_, x) in scores.items() if x is not None]
+    reports += [_report(name, 5.0, task="rank") for name in scores]  # whose number is no quality
+    reports += [_report("a", 5.0, task="copies")]  # nothing beside it
+    table = compare([_outcome(report) for report in reports])
+    found = table.as_json()
+    ranks = [column["ranks"] for column in found["columns"]]  # type: ignore[attr-defined]  # nested report
+    assert ranks == [{"a": 3, "b": 1.5, "c": 1.5, "d": 4}, {"a": 3, "b": 1, "c": 2}, {}, {}]
+    assert (found["mean_ranks"], found["mean_ranks_of_columns"]) == (ranks[0], 1)
+    whole = compare([_outcome(report) for report in reports if report["weights"] != "d"])
+    assert whole.mean_ranks() == ({"a": 3, "b": 1.25, "c": 1.75}, 2)
+    write_page(whole, tmp_path)
+    page = (tmp_path / "compare.html").read_text()
+    assert "Rank of the weights by task" in page
+    assert "mean of 2" in page
+    assert "<td>1.25</td>" in page
+
+
 def test_networks_and_sources_of_equal_names_are_other_rows() -> None:
     student = _changed(_report("w.pth", 40.0), network="student")
     table = compare(
