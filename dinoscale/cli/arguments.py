@@ -120,9 +120,10 @@ def add_num_workers(task: argparse.ArgumentParser, *, of: str = "", of_rank: str
     add_number(task, "--num-workers", f"{of}processes{of_rank} that decode images", default=2)
 
 
-def add_no_cache(task: argparse.ArgumentParser) -> None:
-    """Add --no-cache."""
-    task.add_argument("--no-cache", action="store_true", help="neither read nor cache features")
+def add_no_cache(task: argparse.ArgumentParser, *, of: str = "") -> None:
+    """Add --no-cache; `of` precedes its help."""
+    says = f"{of}neither read nor cache features"
+    task.add_argument("--no-cache", action="store_true", help=says)
 
 
 def add_extraction(task: argparse.ArgumentParser, *, crop: str) -> None:

@@ -19,10 +19,17 @@ from dinoscale.convert.weights_file import load_backbone
 from dinoscale.data.decoding.decode import Decoder
 from dinoscale.data.sources.source import Source, StoredSource, open_source
 from dinoscale.errors import CheckpointError, ConfigError
-from dinoscale.evaluate.feature_cache import tensors_digest
+from dinoscale.evaluate.feature_cache import (
+    InFiles,
+    Preparation,
+    features_key,
+    tensors_digest,
+    through_cache,
+)
 from dinoscale.evaluate.features import extract_features, extract_unlabelled, find_device
 from dinoscale.evaluate.untrained import untrained_backbone
 from dinoscale.runtime import distributed
+from dinoscale.runtime.fingerprint import code_fingerprint
 
 OUTPUT = "output"  # of a backbone, as it is
 _SMALL = 2**16  # elements of the tensors that ranks compare: biases and norms, read in no time
@@ -177,10 +184,47 @@ class FeatureExtractor(LoadedBackbone):
         network = self.backbone if network is None else network
         return extract_unlabelled(network, source, **arguments)
 
+    def cached(
+        self,
+        source: Source,
+        extract: Callable[[], tuple[Tensor, Tensor]],
+        *,
+        taken: str,
+        images: int,
+        module: str,
+    ) -> tuple[Tensor, Tensor]:
+        """Rows (N, ...) of images of a source, and their numbers (N,), from the cache if they are.
+
+        All ranks of a job call it.
+
+        Args:
+            source: of `open`.
+            extract: computes them on every rank.
+            taken: in words, what is computed, and of which of the images.
+            images: how many these are, the unreadable ones included.
+            module: whose code computes them.
+        """
+        if not (self.options.cache and isinstance(source, InFiles)):
+            return extract()
+        card = self.card
+        sizes = Preparation(card.resize, card.crop, tuple(card.mean), tuple(card.std))
+
+        def key() -> str:
+            output_key = self._output_key(f"{taken}, made by {code_fingerprint(module)}")
+            return features_key(
+                self.backbone, source, sizes, output_key=output_key, device=self.device
+            )
+
+        return through_cache(key, extract, num_images=images, device=self.device)
+
+    def _output_key(self, output_key: str) -> str:
+        card = self.card
+        return f"{output_key} of {card.backbone}, max_pixel_value {card.max_pixel_value}"
+
     def _arguments(self, *, output_key: str | None, progress: bool) -> dict[str, Any]:
         """How to extract."""
         card, options = self.card, self.options
-        cached = output_key is not None and options.cache
+        output_key = output_key if options.cache else None
         return {
             "resize": card.resize,
             "crop": card.crop,
@@ -189,9 +233,7 @@ class FeatureExtractor(LoadedBackbone):
             "batch_size": options.batch_size,
             "device": self.device,
             "num_workers": options.num_workers,
-            "output_key": f"{output_key} of {card.backbone}, max_pixel_value {card.max_pixel_value}"
-            if cached
-            else None,
+            "output_key": None if output_key is None else self._output_key(output_key),
             "progress": options.progress and progress,
         }
 

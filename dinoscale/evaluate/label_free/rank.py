@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from dinoscale.data.augmentation.multi_crop import NUM_GLOBAL, MultiCrop
 from dinoscale.data.sources.mixture import left_out_counts
 from dinoscale.data.sources.source import StoredSource
@@ -17,6 +20,7 @@ from dinoscale.data.sources.subset import SubsetSource
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.frozen_backbone import (
     DEFAULT_EXTRACTION,
+    OUTPUT,
     ExtractionOptions,
     FeatureExtractor,
     load_extractor,
@@ -124,14 +128,14 @@ def _measure(
     extractor: FeatureExtractor, source: StoredSource, samples: Samples
 ) -> tuple[dict[str, float], float | None, dict[str, int]]:
     """The scores, alpha, and how many images were read for each."""
-    features, _ = extractor.unlabelled(_some(source, samples.images))
+    features = _features(extractor, source, samples.images)
     if not len(features):
         raise DataError(f"none of the {min(samples.images, len(source))} images can be read")
     counts = {"images": len(features)}
     score = {"rankme": distributed.together(partial(rankme, features))}
     alpha = distributed.together(partial(alpha_req, features))
     if samples.views:
-        views = _scatter(extractor, _some(source, samples.lidar_images), samples.views)
+        views = _scatter(extractor, source, samples)
         if len(views.means) < 2:
             raise DataError(
                 f"LiDAR compares images, and {len(views.means)} of the {len(source)} can be read;"
@@ -142,26 +146,46 @@ def _measure(
     return score, alpha, counts
 
 
+def _features(extractor: FeatureExtractor, source: StoredSource, images: int) -> Tensor:
+    """Features of the readable ones of some images, (N, D)."""
+    some = _some(source, images)
+    if some is source:
+        return extractor.unlabelled(source)[0]
+    extract = partial(extractor.unlabelled, some, output_key=None)
+    taken = f"{OUTPUT} of {images} images"
+    return extractor.cached(source, extract, taken=taken, images=images, module=__name__)[0]
+
+
 def _some(source: StoredSource, images: int) -> StoredSource:
     """A fixed random choice of images; all, in their order, if there are no more."""
     return source if len(source) <= images else SubsetSource(source, images=images)
 
 
-def _scatter(extractor: FeatureExtractor, source: StoredSource, num_views: int) -> Scatter:
-    """How features of views of every readable image differ."""
-    options = extractor.options
-    return extract_views(
-        extractor.backbone,
-        source,
-        multi_crop=_crops(extractor),
-        num_views=num_views,
-        mean=extractor.card.mean,
-        std=extractor.card.std,
-        batch_size=options.batch_size,
-        device=extractor.device,
-        num_workers=options.num_workers,
-        progress=options.progress,
+def _scatter(extractor: FeatureExtractor, source: StoredSource, samples: Samples) -> Scatter:
+    """How features of views of the readable ones of some images differ."""
+    options, some = extractor.options, _some(source, samples.lidar_images)
+
+    def extract() -> tuple[Tensor, Tensor]:
+        found = extract_views(
+            extractor.backbone,
+            some,
+            multi_crop=_crops(extractor),
+            num_views=samples.views,
+            mean=extractor.card.mean,
+            std=extractor.card.std,
+            batch_size=options.batch_size,
+            device=extractor.device,
+            num_workers=options.num_workers,
+            progress=options.progress,
+        )
+        return torch.cat((found.means, found.within)), torch.arange(len(found.means))
+
+    taken = f"views of {len(some)} images, {_lidar_protocol(extractor, samples)}"
+    rows, numbers = extractor.cached(
+        source, extract, taken=taken, images=len(some), module=__name__
     )
+    means, within = rows.split([len(numbers), len(rows) - len(numbers)])
+    return Scatter(means, within, samples.views)
 
 
 def _crops(extractor: FeatureExtractor) -> MultiCrop:
@@ -180,20 +204,24 @@ def _protocol(extractor: FeatureExtractor, samples: Samples) -> dict[str, object
         "max_pixel_value": extractor.card.max_pixel_value,
     }
     if samples.views:
-        crops = _crops(extractor)
-        about["lidar"] = {
-            "images": samples.lidar_images,
-            "views": samples.views,
-            "delta": LIDAR_DELTA,
-            "seed": SEED,
-            "scale": list(crops.specs[0].scale),
-            "blur_probs": [spec.blur_prob for spec in crops.specs[:NUM_GLOBAL]],
-            "solarize_probs": [spec.solarize_prob for spec in crops.specs[:NUM_GLOBAL]],
-            "jitter_prob": crops.color.jitter_prob,
-            "gray_prob": crops.color.gray_prob,
-            "flip_prob": crops.color.flip_prob,
-        }
+        about["lidar"] = _lidar_protocol(extractor, samples)
     return about
+
+
+def _lidar_protocol(extractor: FeatureExtractor, samples: Samples) -> dict[str, object]:
+    crops = _crops(extractor)
+    return {
+        "images": samples.lidar_images,
+        "views": samples.views,
+        "delta": LIDAR_DELTA,
+        "seed": SEED,
+        "scale": list(crops.specs[0].scale),
+        "blur_probs": [spec.blur_prob for spec in crops.specs[:NUM_GLOBAL]],
+        "solarize_probs": [spec.solarize_prob for spec in crops.specs[:NUM_GLOBAL]],
+        "jitter_prob": crops.color.jitter_prob,
+        "gray_prob": crops.color.gray_prob,
+        "flip_prob": crops.color.flip_prob,
+    }
 
 
 def _warn(counts: dict[str, int], *, width: int) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dinoscale.data.sources.folder import FolderSource
 from dinoscale.data.sources.mixture import left_out_counts
@@ -44,6 +44,7 @@ from dinoscale.evaluate.retrieval.copy_images import EDITS, Squares
 from dinoscale.evaluate.retrieval.copy_pairs import pairs_of_csv, pairs_of_names, pairs_of_prefix
 from dinoscale.evaluate.retrieval.multi_scale import least_side
 from dinoscale.evaluate.retrieval.ranking import random_precision, trapezoid_precision
+from dinoscale.runtime.fingerprint import digest_of
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def evaluate_copies(
         pairs: CSV of queries and their originals; see `copy_pairs`.
         prefix: number of first characters that the file names share (Copydays: 4).
         settings: of the measurement; None takes the published ones, without whitening.
-        options: which network, which device, and how images are read; nothing is cached.
+        options: which network, which device, and how images are read.
 
     Returns:
         What was measured and how, ready for JSON. `score` holds the mAP in percent of the block
@@ -195,7 +196,7 @@ def evaluate_made_copies(
         queries: how many images are copied, chosen at random by the seed.
         seed: of the choice and of the edits.
         settings: of the measurement; None takes the published ones, without whitening.
-        options: which network, which device, and how images are read; nothing is cached.
+        options: which network, which device, and how images are read.
 
     Returns:
         As `evaluate_copies`.
@@ -283,8 +284,7 @@ class _CopyDetection:
         self, extractor: FeatureExtractor, database: Sequence[_Part], blocks: Sequence[_Block]
     ) -> tuple[Scores, int]:
         """Percent of every block, and the number of images in the database."""
-        network = CopyDescriptor(extractor.backbone)
-        extract = partial(extractor.features, network=network, output_key=None)
+        extract = partial(_described, extractor, CopyDescriptor(extractor.backbone))
         described = [extract(self.squares(part.source, part.numbers)) for part in database]
         bank = torch.cat([descriptors for descriptors, _ in described])
         numbers = database[0].numbers
@@ -324,6 +324,18 @@ class _CopyDetection:
             "headline": f"block {HEADLINE} if there is one, else the mean over the blocks",
             "floor": "expectation of a random order",
         }
+
+
+def _described(
+    extractor: FeatureExtractor, network: nn.Module, squares: Squares
+) -> tuple[Tensor, Tensor]:
+    """Descriptors (N, E) of the readable squares, and their positions (N,)."""
+    extract = partial(extractor.features, squares, network, output_key=None)
+    edit = f"edit {squares.edit}, seed {squares.seed}" if squares.edit else "as they are"
+    taken = f"descriptors of squares, {edit}, images {digest_of([*squares.numbers])}"
+    return extractor.cached(
+        squares.source, extract, taken=taken, images=len(squares), module=__name__
+    )
 
 
 def _each_once(

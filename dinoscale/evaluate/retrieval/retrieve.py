@@ -21,6 +21,7 @@ from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.features import check_labels
 from dinoscale.evaluate.frozen_backbone import (
     DEFAULT_EXTRACTION,
+    OUTPUT,
     ExtractionOptions,
     FeatureExtractor,
     load_extractor,
@@ -106,7 +107,8 @@ def _measure(
     crop = extractor.card.crop
     if crop < least_side(network):
         raise ConfigError(f"images of {crop} pixels have no patch left at every scale")
-    features, labels = extractor.features(source, network, output_key=None)
+    key = f"{OUTPUT}, mean of the scales {SCALES}" if multi_scale else OUTPUT
+    features, labels = extractor.features(source, network, output_key=key)
     chosen = _queries(labels, count=queries, spec=spec)
     progress = extractor.options.progress
     return score_labels(features, labels, chosen, progress=progress), labels, chosen
