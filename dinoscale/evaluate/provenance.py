@@ -26,6 +26,7 @@ _SETS = "sets"  # the option that names several
 # Options that change no number: where to write, how to read, and what the parser adds.
 _WITHOUT_EFFECT = {
     "command",
+    "fingerprint",
     "log",
     "no_cache",
     "num_workers",

@@ -143,6 +143,7 @@ def _measured(measure: Measure, options: argparse.Namespace) -> dict[str, Any]:
 
     # Many files take long: other ranks do not wait in a collective, which would time out.
     before = on_first_rank(lambda _: made_from(vars(options)))
+    options.fingerprint = before  # for tasks that keep the results of an interrupted start
     return {**measure(options), "made_from": before}
 
 

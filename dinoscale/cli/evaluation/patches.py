@@ -132,6 +132,7 @@ def _evaluate_discover(options: argparse.Namespace) -> dict[str, Any]:
         settings=Settings(options.method, options.features, options.tau, options.expansion),
         out=options.out,
         untrained=options.untrained,
+        fingerprint=options.fingerprint,
         **whole_images_options(options),
     )
 
@@ -153,5 +154,6 @@ def _evaluate_correspond(options: argparse.Namespace) -> dict[str, Any]:
         features=options.features,
         out=options.out,
         untrained=options.untrained,
+        fingerprint=options.fingerprint,
         **whole_images_options(options),
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dinoscale.cli.arguments import (
     LABELLED_HELP,
     add_batch_size,
+    add_no_cache,
     add_num_workers,
     add_number,
     add_untrained,
@@ -81,6 +82,7 @@ def add_retrieve(tasks: SubCommands) -> None:
     add_batch_size(retrieve, of="of --data: ")
     add_num_workers(retrieve, of="of --data: ")
     add_untrained(retrieve)
+    add_no_cache(retrieve, of="of --data: ")
     retrieve.set_defaults(run=_evaluate_retrieve)
 
 
@@ -114,6 +116,7 @@ def add_copies(tasks: SubCommands) -> None:
     add_batch_size(copies)
     add_num_workers(copies)
     add_untrained(copies)
+    add_no_cache(copies)
     copies.set_defaults(run=_evaluate_copies)
 
 
@@ -150,6 +153,7 @@ def _evaluate_video(options: argparse.Namespace) -> dict[str, Any]:
             temp=options.temp,
         ),
         untrained=options.untrained,
+        fingerprint=options.fingerprint,
         options=load_options(options),
     )
 

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,6 @@ from tqdm import tqdm
 
 from dinoscale.data.decoding.decode import BadSampleError
 from dinoscale.errors import ConfigError, DataError
-from dinoscale.evaluate.across_ranks import each_on_a_rank
 from dinoscale.evaluate.any_size import (
     SIZE,
     WholeImages,
@@ -41,6 +41,7 @@ from dinoscale.evaluate.correspondence.views import (
     WarpedPictures,
     no_place,
 )
+from dinoscale.evaluate.finished_items import FinishedItems, Form
 from dinoscale.evaluate.frozen_backbone import DEFAULT_LOADING, LoadOptions
 from dinoscale.evaluate.patch_features import (
     IN_WORDS,
@@ -52,6 +53,7 @@ from dinoscale.evaluate.patch_features import (
 from dinoscale.evaluate.progress import bar_options
 from dinoscale.evaluate.sheet import best_median_worst
 from dinoscale.runtime import distributed
+from dinoscale.runtime.fingerprint import Fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +146,7 @@ def evaluate_correspond(
     square: bool = False,
     out: str | Path | None = None,
     untrained: bool = False,
+    fingerprint: Fingerprint | None = None,
     options: LoadOptions = DEFAULT_LOADING,
 ) -> dict[str, object]:
     """Match the key points of pairs by patch features; all ranks of a job share the pairs.
@@ -156,6 +159,8 @@ def evaluate_correspond(
         square: squeeze the pictures to size x size instead.
         out: folder for a sheet of the best, median and worst pairs; None draws nothing.
         untrained: also measure the same architecture with fresh weights.
+        fingerprint: of the measurement, see `finished_items`: after an interruption, only what is
+            missing is computed. None keeps nothing.
         options: which network, and which device.
 
     Returns:
@@ -175,7 +180,8 @@ def evaluate_correspond(
     pairs = distributed.together(lambda: given.open(loaded))
     networks = {_FOUND: loaded, **({_UNTRAINED: loaded.untrained()} if untrained else {})}
     matcher = Matcher(pairs, networks, features)
-    results, left_out = _measure(matcher, progress=options.progress)
+    kept = FinishedItems(fingerprint, loaded.device)
+    results, left_out = _measure(matcher, kept, progress=options.progress)
     report = loaded.report(
         "correspond",
         data={
@@ -191,6 +197,7 @@ def evaluate_correspond(
     )
     if out is not None:
         report["picture"] = _draw(matcher, results, Path(out))
+    kept.forget()
     return report
 
 
@@ -290,7 +297,9 @@ class _Seen:
         return sum(tensor.nbytes for tensor in self.features.values())
 
 
-def _measure(matcher: Matcher, *, progress: bool) -> tuple[list[_Result], list[str]]:
+def _measure(
+    matcher: Matcher, kept: FinishedItems, *, progress: bool
+) -> tuple[list[_Result], list[str]]:
     """The results of all pairs, on every rank, and why the others have none."""
     numbers = range(len(matcher.pairs))
     total = len(numbers[distributed.rank() :: distributed.world_size()])
@@ -307,7 +316,7 @@ def _measure(matcher: Matcher, *, progress: bool) -> tuple[list[_Result], list[s
             finally:
                 bar.update()
 
-        found = each_on_a_rank(numbers, work)
+        found = kept.each(numbers, work, _FORM)
     left_out = [reason for reason in found if isinstance(reason, str)]
     for reason in left_out:
         log.warning("left out %s", reason)
@@ -318,6 +327,24 @@ def _measure(matcher: Matcher, *, progress: bool) -> tuple[list[_Result], list[s
     if outside:
         log.warning("left out %d key points that lie outside their pictures", outside)
     return results, left_out
+
+
+def _encoded(result: _Result | str) -> object:
+    """JSON of a result; a text is why there is none."""
+    if isinstance(result, str):
+        return result
+    errors = {kind: of_kind.tolist() for kind, of_kind in result.errors.items()}
+    return {"index": result.index, "errors": errors, "outside": result.outside}
+
+
+def _decoded(said: Any) -> _Result | str:
+    if isinstance(said, str):
+        return said
+    errors = {kind: np.array(of_kind, dtype=np.float64) for kind, of_kind in said["errors"].items()}
+    return _Result(said["index"], errors, said["outside"])
+
+
+_FORM: Form[_Result | str] = Form(_encoded, _decoded)
 
 
 def _score(errors: Sequence[Array]) -> dict[str, float]:

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from tqdm import tqdm
 from dinoscale.data.decoding.decode import BadSampleError
 from dinoscale.data.sources.source import Source
 from dinoscale.errors import ConfigError, DataError
-from dinoscale.evaluate.across_ranks import each_on_a_rank
 from dinoscale.evaluate.any_size import (
     SIZE,
     Fit,
@@ -47,6 +46,7 @@ from dinoscale.evaluate.discovery.regions import (
     token_cut,
 )
 from dinoscale.evaluate.discovery.truth import Annotations, TrueObjects, Truth
+from dinoscale.evaluate.finished_items import FinishedItems, Form
 from dinoscale.evaluate.frozen_backbone import DEFAULT_LOADING, LoadOptions
 from dinoscale.evaluate.patch_features import (
     IN_WORDS,
@@ -57,6 +57,7 @@ from dinoscale.evaluate.patch_features import (
 from dinoscale.evaluate.progress import bar_options
 from dinoscale.evaluate.sheet import best_median_worst
 from dinoscale.runtime import distributed
+from dinoscale.runtime.fingerprint import Fingerprint
 from dinoscale.runtime.outputs import atomic_write
 
 log = logging.getLogger(__name__)
@@ -174,6 +175,7 @@ def evaluate_discover(
     square: bool = False,
     out: str | Path | None = None,
     untrained: bool = False,
+    fingerprint: Fingerprint | None = None,
     options: LoadOptions = DEFAULT_LOADING,
 ) -> dict[str, object]:
     """Find one object in every image by the patch features; all ranks of a job share the images.
@@ -187,6 +189,8 @@ def evaluate_discover(
         square: squeeze the images to size x size instead.
         out: folder for the found masks and boxes, and a sheet of some images; None writes nothing.
         untrained: also measure the same architecture with fresh weights.
+        fingerprint: of the measurement, see `finished_items`: after an interruption, only what is
+            missing is computed. None keeps nothing.
         options: which network, and which device.
 
     Returns:
@@ -205,7 +209,8 @@ def evaluate_discover(
     source = loaded.open(spec)
     truth = distributed.together(lambda: annotations.find(source, spec, settings.fit(loaded.fit)))
     finder = _Finder(loaded, source, settings)
-    results, damaged = _measure(finder, truth, untrained=untrained, progress=options.progress)
+    kept = FinishedItems(fingerprint, loaded.device)
+    results, damaged = _measure(finder, truth, kept, untrained=untrained)
     report = loaded.report(
         "discover",
         spec=spec,
@@ -225,6 +230,7 @@ def evaluate_discover(
     if out is not None:
         title = f"{Path(weights_path).name}: {settings.method}"
         report["picture"] = _write(finder, truth, results, Path(out), title=title)
+    kept.forget()
     return report
 
 
@@ -255,12 +261,12 @@ class _Finder:
 
 
 def _measure(
-    finder: _Finder, truth: TrueObjects, *, untrained: bool, progress: bool
+    finder: _Finder, truth: TrueObjects, kept: FinishedItems, *, untrained: bool
 ) -> tuple[list[_Result], list[str]]:
     """The results of all images, on every rank, and why damaged ones have none."""
     fresh = replace(finder, loaded=finder.loaded.untrained()) if untrained else None
     total = len(truth.indices[distributed.rank() :: distributed.world_size()])
-    shown = progress and distributed.rank() == 0
+    shown = finder.loaded.options.progress and distributed.rank() == 0
     with tqdm(total=total, unit="img", **bar_options(shown=shown)) as bar:
 
         def work(index: int) -> _Result | str:
@@ -273,7 +279,7 @@ def _measure(
             finally:
                 bar.update()
 
-        found = each_on_a_rank(truth.indices, work)
+        found = kept.each(truth.indices, work, _FORM)
     damaged = [reason for reason in found if isinstance(reason, str)]
     for reason in damaged:
         log.warning("left out %s", reason)
@@ -281,6 +287,28 @@ def _measure(
     if not results:
         raise DataError(f"no image can be used; the first: {damaged[0]}")
     return results, damaged
+
+
+def _encoded(result: _Result | str) -> object:
+    """JSON of a result; a text is why there is none."""
+    if isinstance(result, str):
+        return result
+    return {**asdict(result), "mask": result.mask.int().tolist()}
+
+
+def _decoded(said: Any) -> _Result | str:
+    if isinstance(said, str):
+        return said
+    overlaps = {
+        name: None if said[name] is None else _Overlap(**said[name])
+        for name in ("found", "untrained", "floor")
+    }
+    mask = torch.tensor(said["mask"], dtype=torch.bool)
+    own = {"size": tuple(said["size"]), "mask": mask, "box": tuple(said["box"])}
+    return _Result(**{**said, **own, **overlaps})
+
+
+_FORM: Form[_Result | str] = Form(_encoded, _decoded)
 
 
 def _result(finder: _Finder, fresh: _Finder | None, index: int, true: Truth) -> _Result:

@@ -23,6 +23,7 @@ from dinoscale.errors import DataError
 from dinoscale.evaluate.any_size import find_patch_size
 from dinoscale.evaluate.dense.mask_pictures import compare, save_animation, save_mask
 from dinoscale.evaluate.dense.mask_scores import TOLERANCE, boundary_measure, region_similarity
+from dinoscale.evaluate.finished_items import FinishedItems, Form
 from dinoscale.evaluate.frozen_backbone import (
     DEFAULT_LOADING,
     LoadedBackbone,
@@ -31,11 +32,14 @@ from dinoscale.evaluate.frozen_backbone import (
 )
 from dinoscale.evaluate.progress import bar_options
 from dinoscale.evaluate.video.propagation import Settings, Tracker
+from dinoscale.runtime.fingerprint import Fingerprint
 from dinoscale.runtime.outputs import atomic_write
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The published numbers were measured with 0.228, a value of the authors' code.
 _PUBLISHED_STD = (0.228, 0.224, 0.225)
+
+_SCORES = "scores.json"  # written when all else of a video is
 
 Labels = NDArray[np.uint8]
 Scores = dict[str, float]
@@ -49,6 +53,7 @@ def evaluate_video(
     names: Sequence[str] | None = None,
     settings: Settings | None = None,
     untrained: bool = False,
+    fingerprint: Fingerprint | None = None,
     options: LoadOptions = DEFAULT_LOADING,
 ) -> dict[str, object]:
     """Track the objects of the first frames through videos, and compare with the true masks.
@@ -64,6 +69,8 @@ def evaluate_video(
         names: of the sequences to take; None takes all, of DAVIS those of its validation set.
         settings: of the propagation; None takes the published ones.
         untrained: also measure the same architecture with fresh weights.
+        fingerprint: of the measurement, see `finished_items`: after an interruption, only what is
+            missing is computed. None keeps nothing.
         options: which network, and which device.
 
     Returns:
@@ -84,7 +91,8 @@ def evaluate_video(
     if out is None and not any(map(_scored_frames, videos)):
         raise DataError(f"{spec}: only the first frames have masks. Give --out to write the others")
     folders = [None] * len(videos) if out is None else _folders(Path(out), videos)
-    found = _measure_all(loaded, videos, folders, settings=settings, untrained=untrained)
+    kept = FinishedItems(fingerprint, loaded.device)
+    found = _measure_all(loaded, videos, folders, kept, settings=settings, untrained=untrained)
     report = loaded.report(
         "video",
         spec=spec,
@@ -94,6 +102,7 @@ def evaluate_video(
     )
     if untrained:
         report["untrained"] = _mean(found, "untrained")
+    kept.forget()
     return {**report, "sequences": found, "out": None if out is None else str(out)}
 
 
@@ -101,16 +110,18 @@ def _measure_all(
     loaded: LoadedBackbone,
     videos: Sequence[Video],
     folders: Sequence[Path | None],
+    kept: FinishedItems,
     *,
     settings: Settings,
     untrained: bool,
 ) -> list[dict[str, Any]]:
     """Track the objects of all videos; each is written as soon as it is done."""
     fresh = loaded.untrained() if untrained else None
-    found: list[dict[str, Any]] = []
     total = sum(len(video.frames) for video in videos) * (2 if untrained else 1)
     with tqdm(total=total, unit="frame", **bar_options(shown=loaded.options.progress)) as bar:
-        for video, folder in zip(videos, folders, strict=True):
+
+        def work(number: int) -> dict[str, Any]:
+            video, folder = videos[number], folders[number]
             bar.set_description(video.name)
             scores = _measure(loaded, video, settings=settings, folder=folder, bar=bar)
             if fresh is not None:
@@ -118,12 +129,18 @@ def _measure_all(
                 scores["untrained"] = baseline["score"]
             if folder is not None:
                 _save_scores(scores, folder)
-            found.append(scores)
-    return found
+            return scores
+
+        def is_whole(number: int) -> bool:
+            folder = folders[number]
+            return folder is None or (folder / _SCORES).exists()
+
+        form = Form[dict[str, Any]](dict, dict, is_whole)
+        return kept.each(range(len(videos)), work, form, at_once=1)
 
 
 def _save_scores(scores: Mapping[str, Any], folder: Path) -> None:
-    with atomic_write(folder / "scores.json") as beside:
+    with atomic_write(folder / _SCORES) as beside:
         beside.write_text(json.dumps(scores, indent=1) + "\n")
 
 

@@ -1,0 +1,150 @@
+"""Results of single images, pairs or videos, kept until the measurement that needs them is done.
+
+After an interruption, the same command computes only the results that are missing. They lie in the
+cache folder as JSON lines, under the fingerprint of the measurement: its input files, options and
+code. Rank 0 alone reads and writes, so that any number of ranks may go on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from dinoscale.data.cache_folder import cached_file, keep_recent
+from dinoscale.evaluate.across_ranks import each_on_a_rank
+from dinoscale.runtime import distributed
+from dinoscale.runtime.fingerprint import Fingerprint
+
+T = TypeVar("T")
+Item = TypeVar("Item")
+
+log = logging.getLogger(__name__)
+
+MOST_BYTES = 2**30  # of all kept results
+AT_ONCE = 64  # items of each rank between two writes: a minute of TokenCut on a CPU
+
+
+def _always(_: int) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Form(Generic[T]):
+    """How a result is written.
+
+    Attributes:
+        encode: makes JSON of it.
+        decode: the reverse; KeyError, TypeError, ValueError or AttributeError for something else.
+        is_whole: whether the files that belong to the result of an item, by its place, are there.
+    """
+
+    encode: Callable[[T], Any]
+    decode: Callable[[Any], T]
+    is_whole: Callable[[int], bool] = _always
+
+
+class FinishedItems:
+    """The results that earlier starts of a measurement have left.
+
+    Args:
+        fingerprint: of the measurement, on rank 0; None keeps nothing. Nor is anything kept of
+            generated images, which are measured in no time.
+        device: that computes the results; another kind gives other last digits.
+    """
+
+    def __init__(self, fingerprint: Fingerprint | None, device: torch.device):
+        self._path = _path_of(fingerprint, device) if distributed.rank() == 0 else None
+        self._is_kept = bool(distributed.broadcast_object(self._path is not None))
+
+    def each(
+        self,
+        items: Sequence[Item],
+        work: Callable[[Item], T],
+        form: Form[T],
+        *,
+        at_once: int | None = None,
+    ) -> list[T]:
+        """Let every rank do its share of independent items; all ranks of a job call it.
+
+        Args:
+            items: the same on every rank, and at every start.
+            work: makes the result of an item.
+            form: of a result in the file.
+            at_once: items of each rank between two writes; None: `AT_ONCE`.
+
+        Returns:
+            The results in the order of the items, on every rank.
+
+        Raises:
+            DinoscaleError: the first error of any rank, on all ranks, within seconds.
+        """
+        if not self._is_kept:
+            return each_on_a_rank(items, work)
+        done = distributed.broadcast_object(self._read(form, most=len(items)))
+        assert done is not None
+        if done:
+            log.info("%d of %d results are those of an earlier start", len(done), len(items))
+        missing = [number for number in range(len(items)) if number not in done]
+        share = (at_once or AT_ONCE) * distributed.world_size()
+        for first in range(0, len(missing), share):
+            numbers = missing[first : first + share]
+            found = each_on_a_rank([items[number] for number in numbers], work)
+            new = dict(zip(numbers, found, strict=True))
+            self._add((number, form.encode(result)) for number, result in new.items())
+            done.update(new)
+        return [done[number] for number in range(len(items))]
+
+    def forget(self) -> None:
+        """Remove the results: they are reported."""
+        if self._path is not None and os.path.exists(self._path):
+            os.unlink(self._path)
+
+    def _read(self, form: Form[T], *, most: int) -> dict[int, T]:
+        """Results by the places of their items; empty on other ranks than 0."""
+        if self._path is None or not os.path.exists(self._path):
+            return {}
+        found, whole = dict[int, T](), 0
+        try:
+            with open(self._path, "r+b") as lines:
+                for line in lines:
+                    if line.endswith(b"\n"):
+                        number, said = json.loads(line)
+                        if number < most and form.is_whole(number):
+                            found[number] = form.decode(said)
+                        whole += len(line)
+                lines.truncate(whole)  # of the last line a killed process may have written a part
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            log.warning("%s is damaged (%s): measuring all again", self._path, error)
+            self.forget()
+            return {}
+        return found
+
+    def _add(self, results: Iterable[tuple[int, Any]]) -> None:
+        """Append results; a failure is only a warning."""
+        if self._path is None:
+            return
+        try:
+            keep_recent(self._path, most_bytes=MOST_BYTES)
+            text = "".join(f"{json.dumps(result)}\n" for result in results)
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            log.warning("cannot keep results for another start (%s)", error)
+
+
+def _path_of(fingerprint: Fingerprint | None, device: torch.device) -> str | None:
+    inputs = (fingerprint or {}).get("input")
+    if not isinstance(inputs, Mapping) or any(isinstance(of, str) for of in inputs.values()):
+        return None  # a text stands for generated images
+    key = json.dumps([fingerprint, device.type], sort_keys=True)
+    try:
+        return f"{cached_file('finished', [key])}.jsonl"
+    except OSError as error:
+        log.warning("cannot keep results for another start (%s)", error)
+        return None

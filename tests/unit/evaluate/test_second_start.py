@@ -1,0 +1,192 @@
+"""A measurement that was killed goes on: what an earlier start has found is not computed again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dinoscale.evaluate import finished_items
+from dinoscale.evaluate.correspondence.correspond import Given, evaluate_correspond
+from dinoscale.evaluate.discovery.discover import evaluate_discover
+from dinoscale.evaluate.discovery.truth import Annotations
+from dinoscale.evaluate.finished_items import FinishedItems, Form
+from dinoscale.evaluate.frozen_backbone import ExtractionOptions, LoadOptions
+from dinoscale.evaluate.label_free.rank import Samples, evaluate_rank
+from dinoscale.evaluate.retrieval.copies import Settings as CopySettings
+from dinoscale.evaluate.retrieval.copies import evaluate_made_copies
+from dinoscale.evaluate.retrieval.retrieve import evaluate_retrieve
+from dinoscale.evaluate.video.davis import evaluate_video
+from dinoscale.evaluate.video.propagation import Settings as VideoSettings
+from tests.unit.evaluate.conftest import Colors
+from tests.unit.evaluate.tiny_files import as_json, save_picture, save_weights
+
+CPU = torch.device("cpu")
+FORM = Form[str](str, str)
+OF_FILES = {"input": {"data": {"number": 2}}, "command": {"size": 32}}
+Interrupt = Callable[[int], None]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DINOSCALE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def interrupt_after(monkeypatch: pytest.MonkeyPatch) -> Interrupt:
+    """Interrupt measurements, as by Ctrl-C, once they have kept so many results; 0 does not."""
+    add = FinishedItems._add
+    monkeypatch.setattr(finished_items, "AT_ONCE", 1)
+
+    def interrupt(times: int) -> None:
+        kept = []
+
+        def add_and_end(items: FinishedItems, results: Iterable[tuple[int, Any]]) -> None:
+            add(items, results)
+            kept.append(results)
+            if len(kept) == times:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(FinishedItems, "_add", add_and_end)
+
+    return interrupt
+
+
+def _start(fingerprint: dict[str, object] | None, *, fails_at: int | None = None) -> list[int]:
+    """Which of five items a start computes."""
+    computed = []
+
+    def work(item: int) -> str:
+        if item == fails_at:
+            raise KeyboardInterrupt
+        computed.append(item)
+        return f"result {item}"
+
+    kept = FinishedItems(fingerprint, CPU)
+    try:
+        found = kept.each(range(5), work, FORM, at_once=2)
+        assert found == [f"result {item}" for item in range(5)]
+    except KeyboardInterrupt:
+        pass
+    return computed
+
+
+def test_a_second_start_computes_what_is_missing(cache: Path) -> None:
+    assert _start(OF_FILES, fails_at=4) == [0, 1, 2, 3]
+    (file,) = cache.glob("finished-*.jsonl")
+    with file.open("a") as lines:
+        lines.write('[4, "resu')  # of a process that was killed
+    assert _start(OF_FILES, fails_at=4) == []
+    assert _start(OF_FILES) == [4]
+    assert _start(OF_FILES) == []
+    others = ({**OF_FILES, "command": {"size": 48}}, None, {"input": {"data": "synthetic:shapes"}})
+    assert [_start(other) for other in others] == [[0, 1, 2, 3, 4]] * 3
+    assert len(list(cache.iterdir())) == 2  # of generated images nothing is kept
+    FinishedItems(OF_FILES, CPU).forget()
+    assert not file.exists()
+
+
+def test_damaged_results_and_lost_files_are_computed_again(
+    cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _start(OF_FILES)
+    (file,) = cache.iterdir()
+    lost = Form[str](str, str, lambda number: number != 3)
+    computed = []
+    FinishedItems(OF_FILES, CPU).each(range(5), lambda i: str(computed.append(i)), lost)
+    assert computed == [3]
+    file.write_text('[0, "result 0"]\nno JSON\n')
+    assert _start(OF_FILES) == [0, 1, 2, 3, 4]
+    assert "is damaged" in caplog.text
+
+
+def _discover(weights: Path, place: Path, **more: Any) -> dict[str, Any]:
+    images, masks = place / "images", Annotations(str(place / "masks"), None, True)
+    return evaluate_discover(weights, str(images), annotations=masks, size=16, **more)
+
+
+def _correspond(weights: Path, place: Path, **more: Any) -> dict[str, Any]:
+    given = Given(images=str(place / "images"), warp=True)
+    return evaluate_correspond(weights, given, size=32, **more)
+
+
+def _video(weights: Path, place: Path, **more: Any) -> dict[str, Any]:
+    settings = VideoSettings(size=64)
+    return evaluate_video(weights, str(place / "videos"), settings=settings, **more)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights, two images with masks, and two videos of three frames."""
+    root = tmp_path_factory.mktemp("place")
+    save_weights(root / "w.safetensors")
+    mask = np.zeros((48, 40), np.uint8)
+    mask[10:30, 8:24] = 1
+    (root / "masks").mkdir()
+    for i in range(2):
+        save_picture(root / "images" / f"{i}.png", seed=i)
+        Image.fromarray(mask).save(root / "masks" / f"{i}.png")
+        for frame in range(3):
+            save_picture(root / "videos" / "ab"[i] / f"{frame:05d}.png", seed=frame)
+            Image.fromarray(mask).save(root / "videos" / "ab"[i] / f"{frame:05d}.mask.png")
+    return root
+
+
+@pytest.mark.parametrize("measure", [_discover, _correspond, _video])
+def test_an_interrupted_task_goes_on_to_the_same_report(
+    measure: Callable[..., dict[str, Any]],
+    place: Path,
+    cache: Path,
+    interrupt_after: Interrupt,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    options = LoadOptions(device="cpu", progress=False)
+    how = {"options": options, "untrained": True, "out": tmp_path / "out"}
+    whole = as_json(measure(place / "w.safetensors", place, **how))
+    interrupt_after(1)
+    with pytest.raises(KeyboardInterrupt):
+        measure(place / "w.safetensors", place, fingerprint=OF_FILES, **how)
+    interrupt_after(0)
+    with caplog.at_level(logging.INFO):
+        again = measure(place / "w.safetensors", place, fingerprint=OF_FILES, **how)
+    assert again == whole
+    assert "1 of 2 results are those of an earlier start" in caplog.text
+    assert not list(cache.iterdir())  # reported, so that another command measures anew
+
+
+def _rank(colors: Colors, options: ExtractionOptions) -> dict[str, Any]:
+    samples = Samples(images=9, lidar_images=4, views=2)
+    return evaluate_rank(colors.weights, colors.train, samples=samples, options=options)
+
+
+def _retrieve(colors: Colors, options: ExtractionOptions) -> dict[str, Any]:
+    return evaluate_retrieve(colors.weights, colors.test, multi_scale=True, options=options)
+
+
+def _copies(colors: Colors, options: ExtractionOptions) -> dict[str, Any]:
+    how = {"settings": CopySettings(size=16), "options": options}
+    return evaluate_made_copies(colors.weights, colors.test, queries=2, **how)
+
+
+@pytest.mark.parametrize(("measure", "sets"), [(_rank, 2), (_retrieve, 1), (_copies, 7)])
+def test_features_are_extracted_once(
+    measure: Callable[..., dict[str, Any]],
+    sets: int,
+    colors: Colors,
+    cache: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    options = ExtractionOptions(num_workers=0, device="cpu", progress=False)
+    with caplog.at_level(logging.INFO):
+        first = measure(colors, options)
+        assert caplog.text.count("features cached in") == sets == len(list(cache.iterdir()))
+        assert measure(colors, options) == first
+    assert caplog.text.count("features read from cache") == sets
