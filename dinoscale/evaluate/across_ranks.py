@@ -28,15 +28,18 @@ _CHECK_S = 1.0  # between two checks whether another rank has failed
 Extract = Callable[[NDArray[np.int64], Callable[[], None]], tuple[Tensor, Tensor]]
 
 
-def over_ranks(extract: Extract, *, num_images: int, batch_size: int) -> tuple[Tensor, Tensor]:
+def over_ranks(
+    extract: Extract, *, num_images: int, batch_size: int, first: int = 0
+) -> tuple[Tensor, Tensor]:
     """Let every rank extract its share of a set, and gather the rows; all ranks call it.
 
     Args:
         extract: takes the indices of images and a function to call after each batch; returns a row
             for each readable image, and the indices of these, (N,) int64. Its batches are
             `batch_size` consecutive indices each.
-        num_images: of the set.
+        num_images: of the set, or those before the end of a part of it.
         batch_size: images of one batch.
+        first: image of the part, the first one of a batch.
 
     Returns:
         Rows (N, ...) and indices (N,) in the order of the set, on every rank.
@@ -44,7 +47,8 @@ def over_ranks(extract: Extract, *, num_images: int, batch_size: int) -> tuple[T
     Raises:
         DinoscaleError: the first error of any rank, on all ranks, within seconds.
     """
-    rows, numbers = _share_of_rank(extract, num_images=num_images, batch_size=batch_size)
+    ids = np.arange(first, num_images, dtype=np.int64)
+    rows, numbers = _share_of_rank(extract, ids, batch_size=batch_size)
     if distributed.world_size() == 1:
         return rows, numbers
     rows, numbers = distributed.gather_rows(rows), distributed.gather_rows(numbers)
@@ -83,8 +87,9 @@ def each_on_a_rank(items: Sequence[Item], work: Callable[[Item], T]) -> list[T]:
     return [(parts[number % ranks] or [])[number // ranks] for number in range(len(items))]
 
 
-def _share_of_rank(extract: Extract, *, num_images: int, batch_size: int) -> tuple[Tensor, Tensor]:
-    ids = np.arange(num_images, dtype=np.int64)
+def _share_of_rank(
+    extract: Extract, ids: NDArray[np.int64], *, batch_size: int
+) -> tuple[Tensor, Tensor]:
     share = ids[ids // batch_size % distributed.world_size() == distributed.rank()]
     done = distributed.together(until_a_rank_fails(partial(extract, share)))
     assert done is not None

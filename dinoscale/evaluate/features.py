@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 _Counted = Literal["image", "view"]
 _UNITS: dict[_Counted, str] = {"image": "img", "view": "view"}  # of a bar
 
+PART = 2**16  # images of a large set that are extracted and cached at a time
 PIXEL_SIDE = 16  # of the thumbnails whose pixels are the baseline
 
 
@@ -173,11 +174,36 @@ def extract_unlabelled(
         on_batch=on_batch,
     )
     images = _Images(forward, source, preparation)
-    extract = partial(over_ranks, images, num_images=len(source), batch_size=batch_size)
     if output_key is None or not isinstance(source, InFiles):
-        return extract()
+        return over_ranks(images, num_images=len(source), batch_size=batch_size)
     key = partial(features_key, backbone, source, preparation, output_key=output_key, device=device)
-    return through_cache(key, extract, num_images=len(source), device=device)
+    return _cached_in_parts(images, cache(key))
+
+
+def _cached_in_parts(images: _Images, key: Callable[[], str]) -> tuple[Tensor, Tensor]:
+    """Features and numbers of all images, of a large set part by part: those done are kept."""
+    forward, num_images, parts = images.forward, len(images.source), []
+    part = max(1, PART // forward.batch_size) * forward.batch_size  # so that batches are whole
+    for first in range(0, num_images, part):
+        end = min(num_images, first + part)
+        own_key = key if part >= num_images else partial(_key_of_part, key, first, end)
+        extract = partial(
+            over_ranks, images, num_images=end, batch_size=forward.batch_size, first=first
+        )
+        found = through_cache(own_key, extract, num_images=end - first, device=forward.device)
+        parts.append(found)
+    if len(parts) == 1:
+        return parts[0]
+
+    def joined() -> tuple[Tensor, Tensor]:
+        rows = [rows for rows, _ in parts if len(rows)] or [forward.empty()]
+        return torch.cat(rows), torch.cat([numbers for _, numbers in parts])
+
+    return distributed.together(joined)  # copies all rows, so it may run out of memory
+
+
+def _key_of_part(key: Callable[[], str], first: int, end: int) -> str:
+    return f"{key()} {first} to {end}"
 
 
 class Part(NamedTuple):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from dinoscale.convert.weights_file import save_backbone
 from dinoscale.errors import CheckpointError, DataError
+from dinoscale.evaluate.correspondence.correspond import Given, evaluate_correspond
 from dinoscale.evaluate.embedding.embed import EmbedOptions, embed
 from dinoscale.evaluate.frozen_backbone import ExtractionOptions
 from dinoscale.evaluate.label_free.rank import Samples, evaluate_rank
@@ -41,13 +42,18 @@ def _write(weights: str, images: str, out: str, manifest: str | None = None) -> 
 
 
 def measure(weights: str, images: str, out: str) -> list[object]:
-    """Images and new shards by the summary of this rank, and its effective ranks."""
+    """Images and new shards by the summary of this rank, its effective ranks, and places found."""
     torch.set_num_threads(1)
     summary = _write(weights, images, out)
     extraction = ExtractionOptions(batch_size=8, num_workers=0, cache=False, progress=False)
     samples = Samples(lidar_images=7, views=3)
     report: dict[str, Any] = evaluate_rank(weights, images, samples=samples, options=extraction)
-    return [summary["images"], summary["new_shards"], *report["score"].values()]
+    given, of_files = Given(images=images, warp=True, limit=5), {"input": {"images": {"number": 13}}}
+    places: dict[str, Any] = evaluate_correspond(
+        weights, given, size=32, fingerprint={**of_files, "command": out}
+    )
+    scores = [*report["score"].values(), *places["score"].values()]
+    return [summary["images"], summary["new_shards"], *scores]
 
 
 def measure_and_fail(short: str, out: str, **files: str) -> tuple[list[object], str]:

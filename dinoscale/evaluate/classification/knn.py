@@ -280,8 +280,7 @@ def evaluate_knn(
         temp: of the votes, dimensionless.
         pixels: also measure 16 x 16 pixels, minus the bank's mean image.
         untrained: also measure the same architecture with fresh weights.
-        labels_path: file with several right classes for each test image, see `label_lists`; then
-            there is no top-5. None takes the class of each image.
+        labels_path: of several right classes for each test image, see `label_lists`; no top-5 then.
         details: what to say of the answers for single images, by the first k of `score`.
         options: which network, which device, and how features are extracted.
 

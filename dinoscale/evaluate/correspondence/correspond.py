@@ -159,8 +159,7 @@ def evaluate_correspond(
         square: squeeze the pictures to size x size instead.
         out: folder for a sheet of the best, median and worst pairs; None draws nothing.
         untrained: also measure the same architecture with fresh weights.
-        fingerprint: of the measurement, see `finished_items`: after an interruption, only what is
-            missing is computed. None keeps nothing.
+        fingerprint: of the measurement, as of `FinishedItems`, to go on after an interruption.
         options: which network, and which device.
 
     Returns:
@@ -186,8 +185,7 @@ def evaluate_correspond(
         "correspond",
         data={
             **{"pairs": given.pairs, "images": given.images, "split": given.split},
-            "number": len(results),
-            "points": sum(len(result.errors[_FOUND]) for result in results),
+            **{"number": len(results), "points": sum(len(r.errors[_FOUND]) for r in results)},
         },
         left_out={"pairs": left_out, "points_outside": sum(result.outside for result in results)},
         protocol={"network": options.network, **matcher.protocol()},

@@ -189,8 +189,7 @@ def evaluate_discover(
         square: squeeze the images to size x size instead.
         out: folder for the found masks and boxes, and a sheet of some images; None writes nothing.
         untrained: also measure the same architecture with fresh weights.
-        fingerprint: of the measurement, see `finished_items`: after an interruption, only what is
-            missing is computed. None keeps nothing.
+        fingerprint: of the measurement, as of `FinishedItems`, to go on after an interruption.
         options: which network, and which device.
 
     Returns:
@@ -213,23 +212,16 @@ def evaluate_discover(
     results, damaged = _measure(finder, truth, kept, untrained=untrained)
     report = loaded.report(
         "discover",
-        spec=spec,
-        **asdict(annotations),
-        images=len(results),
+        **{"spec": spec, **asdict(annotations), "images": len(results)},
         left_out={**truth.left_out, "damaged": damaged},
-        protocol={
-            "network": options.network,
-            "indexed": annotations.indexed,
-            **finder.protocol(),
-        },
+        protocol={**finder.protocol(), "indexed": annotations.indexed},
         score=_score([result.found for result in results]),
         floors=_score([result.floor for result in results]),
     )
     if untrained:
         report["untrained"] = _score([r.untrained for r in results if r.untrained is not None])
     if out is not None:
-        title = f"{Path(weights_path).name}: {settings.method}"
-        report["picture"] = _write(finder, truth, results, Path(out), title=title)
+        report["picture"] = _write(finder, truth, results, Path(out))
     kept.forget()
     return report
 
@@ -257,7 +249,8 @@ class _Finder:
     def protocol(self) -> dict[str, object]:
         """All that changes a number but the weights, ready for JSON."""
         seen = {**self.loaded.fit.protocol(), **self.loaded.normalisation}
-        return {**self.settings.protocol(), **_PROTOCOL, **seen}
+        network = {"network": self.loaded.options.network}
+        return {**network, **self.settings.protocol(), **_PROTOCOL, **seen}
 
 
 def _measure(
@@ -346,7 +339,7 @@ def _score(overlaps: Sequence[_Overlap]) -> dict[str, float]:
 
 
 def _write(
-    finder: _Finder, truth: TrueObjects, results: Sequence[_Result], out: Path, *, title: str
+    finder: _Finder, truth: TrueObjects, results: Sequence[_Result], out: Path
 ) -> str:
     """Write NAME/mask.png of every image, the boxes, and a sheet, on rank 0; the sheet's path."""
     if distributed.rank() == 0:
@@ -356,6 +349,7 @@ def _write(
             numbers = ", ".join(f"{name} {value:.1f} %" for name, value in score.items())
             shown = best_median_worst(results, _quality)
             rows = [_row(finder, truth, result, label=label) for label, result in shown]
+            title = f"{Path(finder.loaded.path).name}: {finder.settings.method}"
             note = f"{numbers} ({len(results)} images)"
             draw_rows(rows, out / SHEET, title=title, note=note)
     return str(out / SHEET)

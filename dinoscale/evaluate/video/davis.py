@@ -69,8 +69,7 @@ def evaluate_video(
         names: of the sequences to take; None takes all, of DAVIS those of its validation set.
         settings: of the propagation; None takes the published ones.
         untrained: also measure the same architecture with fresh weights.
-        fingerprint: of the measurement, see `finished_items`: after an interruption, only what is
-            missing is computed. None keeps nothing.
+        fingerprint: of the measurement, as of `FinishedItems`, to go on after an interruption.
         options: which network, and which device.
 
     Returns:

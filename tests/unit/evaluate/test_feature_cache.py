@@ -18,7 +18,7 @@ from dinoscale.data.augmentation.labelled_crops import labelled_crops
 from dinoscale.data.decoding.decode import BadSampleError, Picture
 from dinoscale.data.sources.folder import FolderSource
 from dinoscale.errors import ConfigError, UnavailableError
-from dinoscale.evaluate import feature_cache
+from dinoscale.evaluate import feature_cache, features
 from dinoscale.evaluate.features import extract_features, pixel_features
 
 
@@ -232,6 +232,31 @@ def test_unavailable_images_end_the_measurement(images: Path) -> None:
     )
     with pytest.raises(UnavailableError, match="stale file handle"):
         next(crops)
+
+
+def test_of_a_large_set_the_parts_that_are_done_are_kept(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(FolderSource):
+        def picture(self, index: int) -> Picture:
+            if index == 3:
+                raise KeyboardInterrupt
+            return super().picture(index)
+
+    (images / "class0" / "0.bmp").write_bytes(b"BM no picture")
+    whole, labels = _extract(images, Counted(), output_key=None)
+    monkeypatch.setattr(features, "PART", 2)
+    with pytest.raises(KeyboardInterrupt):
+        _extract(Killed(str(images)), Counted(), batch_size=1)
+    assert len(_kept(images)) == 1
+    for calls in (2, 0):
+        backbone = Counted()
+        again, labels_again = _extract(images, backbone, batch_size=1)
+        assert torch.equal(again, whole)
+        assert labels_again.tolist() == labels.tolist() == [0, 1, 1]
+        assert backbone.calls == calls
+    _extract(images, Counted(), batch_size=3)  # a part has a whole batch at least
+    assert len(_kept(images)) == 4
 
 
 def test_features_too_large_for_the_cache_remove_no_others(
