@@ -56,10 +56,11 @@ class FinishedItems:
         fingerprint: of the measurement, on rank 0; None keeps nothing. Nor is anything kept of
             generated images, which are measured in no time.
         device: that computes the results; another kind gives other last digits.
+        of: which results, where a measurement has several kinds.
     """
 
-    def __init__(self, fingerprint: Fingerprint | None, device: torch.device):
-        self._path = _path_of(fingerprint, device) if distributed.rank() == 0 else None
+    def __init__(self, fingerprint: Fingerprint | None, device: torch.device, *, of: str = ""):
+        self._path = _path_of(fingerprint, device, of) if distributed.rank() == 0 else None
         self._is_kept = bool(distributed.broadcast_object(self._path is not None))
 
     def each(
@@ -138,11 +139,11 @@ class FinishedItems:
             log.warning("cannot keep results for another start (%s)", error)
 
 
-def _path_of(fingerprint: Fingerprint | None, device: torch.device) -> str | None:
+def _path_of(fingerprint: Fingerprint | None, device: torch.device, of: str) -> str | None:
     inputs = (fingerprint or {}).get("input")
-    if not isinstance(inputs, Mapping) or any(isinstance(of, str) for of in inputs.values()):
+    if not isinstance(inputs, Mapping) or any(isinstance(x, str) for x in inputs.values()):
         return None  # a text stands for generated images
-    key = json.dumps([fingerprint, device.type], sort_keys=True)
+    key = json.dumps([fingerprint, device.type, of], sort_keys=True)
     try:
         return f"{cached_file('finished', [key])}.jsonl"
     except OSError as error:

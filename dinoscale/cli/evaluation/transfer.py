@@ -76,6 +76,7 @@ def _evaluate_transfer(options: argparse.Namespace) -> dict[str, Any]:
             cs=tuple(options.c or C_CHOICES),
         ),
         untrained=options.untrained,
+        fingerprint=options.fingerprint,
         options=extraction_options(
             options,
             resize=options.resize,

@@ -24,7 +24,6 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from dinoscale.errors import ConfigError, DataError
-from dinoscale.evaluate.across_ranks import each_on_a_rank
 from dinoscale.evaluate.classification.accuracy import num_correct
 from dinoscale.evaluate.classification.knn import QUOTED_K, TEMP, knn_accuracy
 from dinoscale.evaluate.classification.labelled_sets import Features, LabelledSets, labels_of
@@ -36,6 +35,7 @@ from dinoscale.evaluate.classification.logistic import (
     held_out,
 )
 from dinoscale.evaluate.features import check_labels
+from dinoscale.evaluate.finished_items import FinishedItems, Form
 from dinoscale.evaluate.frozen_backbone import (
     DEFAULT_EXTRACTION,
     ExtractionOptions,
@@ -45,6 +45,7 @@ from dinoscale.evaluate.frozen_backbone import (
 from dinoscale.evaluate.overlap import first_of_equals
 from dinoscale.evaluate.progress import bar_options
 from dinoscale.runtime import distributed
+from dinoscale.runtime.fingerprint import Fingerprint
 from dinoscale.runtime.opening import on_first_rank, open_once_per_node
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ SHOTS = (1, 5, 10)  # images of a class to learn from
 SEEDS = 5  # subsets of each number
 C_CHOICES = CS[::4]  # 12 of the 45 inverse penalties of `logistic`
 ALONE_C = 1.0  # where every class has one image, so that none is left to choose C on
+FITS_AT_ONCE = 8  # of each rank between two writes of results, for another start
 TESTED = 0.2  # of each class of a set that is not split
 ALL = "all"  # the name of the whole train set
 
@@ -113,6 +115,7 @@ def evaluate_transfer(
     *,
     plan: Plan | None = None,
     untrained: bool = False,
+    fingerprint: Fingerprint | None = None,
     options: ExtractionOptions = DEFAULT_EXTRACTION,
 ) -> dict[str, object]:
     """Measure k-NN and logistic regression on every set, from few images and from all.
@@ -125,6 +128,7 @@ def evaluate_transfer(
             `data.train` of a config, of which a fifth of each class is tested on.
         plan: what is measured; None takes the defaults.
         untrained: also measure the same architecture with fresh weights.
+        fingerprint: of the measurement, as of `FinishedItems`, to go on after an interruption.
         options: which network, which device, and how images are read.
 
     Returns:
@@ -145,7 +149,8 @@ def evaluate_transfer(
         raise ConfigError(f"sets: need at least one, each once; got {[*specs]}")
     extractor = load_extractor(weights_path, options)
     sets = {spec: _features(extractor, spec) for spec in specs}
-    found = _measure(sets, plan, progress=options.progress)
+    fits = [FinishedItems(fingerprint, extractor.device, of=of) for of in ("trained", "untrained")]
+    found = _measure(sets, plan, fits[0], progress=options.progress)
     report = extractor.report(
         "transfer",
         data={spec: each.about for spec, each in sets.items()},
@@ -156,7 +161,9 @@ def evaluate_transfer(
     if untrained:
         fresh = extractor.untrained()
         sets = {spec: _features(fresh, spec) for spec in specs}
-        report["untrained"] = _means(_measure(sets, plan, progress=options.progress))
+        report["untrained"] = _means(_measure(sets, plan, fits[1], progress=options.progress))
+    for kept in fits:
+        kept.forget()
     return report
 
 
@@ -294,7 +301,9 @@ class _Summary:
 Found = dict[str, dict[str, _Summary]]  # classifier -> shots
 
 
-def _measure(sets: Mapping[str, _Set], plan: Plan, *, progress: bool) -> dict[str, Found]:
+def _measure(
+    sets: Mapping[str, _Set], plan: Plan, fits: FinishedItems, *, progress: bool
+) -> dict[str, Found]:
     """Every classifier on every subset of every set; all ranks call it."""
     jobs = [(spec, *subset) for spec in sets for subset in plan.subsets()]
     shown = progress and distributed.rank() == 0
@@ -307,7 +316,7 @@ def _measure(sets: Mapping[str, _Set], plan: Plan, *, progress: bool) -> dict[st
             bar.update()
             return top1
 
-        regressions = each_on_a_rank(jobs, fit)
+        regressions = fits.each(jobs, fit, Form[float](float, float), at_once=FITS_AT_ONCE)
     neighbours = [_knn(sets[spec].features, n, k=plan.k, seed=seed) for spec, _, n, seed in jobs]
     found: dict[str, Found] = {}
     for spec in sets:

@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 
 from dinoscale.evaluate import finished_items
+from dinoscale.evaluate.classification import transfer
+from dinoscale.evaluate.classification.transfer import Plan, evaluate_transfer
 from dinoscale.evaluate.correspondence.correspond import Given, evaluate_correspond
 from dinoscale.evaluate.discovery.discover import evaluate_discover
 from dinoscale.evaluate.discovery.truth import Annotations
@@ -44,6 +46,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch) -> Interrupt:
     """Interrupt measurements, as by Ctrl-C, once they have kept so many results; 0 does not."""
     add = FinishedItems._add
     monkeypatch.setattr(finished_items, "AT_ONCE", 1)
+    monkeypatch.setattr(transfer, "FITS_AT_ONCE", 1)
 
     def interrupt(times: int) -> None:
         kept = []
@@ -122,9 +125,17 @@ def _video(weights: Path, place: Path, **more: Any) -> dict[str, Any]:
     return evaluate_video(weights, str(place / "videos"), settings=settings, **more)
 
 
+def _transfer(weights: Path, place: Path, *, out: Path, **more: Any) -> dict[str, Any]:
+    assert out  # of the others
+    plan = Plan(shots=(), seeds=1, cs=(1.0,))
+    options = ExtractionOptions(num_workers=0, device="cpu", progress=False, cache=False)
+    sets = [str(place / "classes" / name) for name in "ab"]
+    return evaluate_transfer(weights, sets, plan=plan, **{**more, "options": options})
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights, two images with masks, and two videos of three frames."""
+    """Weights, two images with masks, two videos of three frames, and two sets of two classes."""
     root = tmp_path_factory.mktemp("place")
     save_weights(root / "w.safetensors")
     mask = np.zeros((48, 40), np.uint8)
@@ -133,13 +144,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(2):
         save_picture(root / "images" / f"{i}.png", seed=i)
         Image.fromarray(mask).save(root / "masks" / f"{i}.png")
+        for number in range(8):
+            of_class = root / "classes" / "ab"[i] / str(number % 2)
+            save_picture(of_class / f"{number}.png", seed=8 * i + number)
         for frame in range(3):
             save_picture(root / "videos" / "ab"[i] / f"{frame:05d}.png", seed=frame)
             Image.fromarray(mask).save(root / "videos" / "ab"[i] / f"{frame:05d}.mask.png")
     return root
 
 
-@pytest.mark.parametrize("measure", [_discover, _correspond, _video])
+@pytest.mark.parametrize("measure", [_discover, _correspond, _video, _transfer])
 def test_an_interrupted_task_goes_on_to_the_same_report(
     measure: Callable[..., dict[str, Any]],
     place: Path,
