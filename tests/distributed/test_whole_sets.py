@@ -48,7 +48,10 @@ def measure(weights: str, images: str, out: str) -> list[object]:
     extraction = ExtractionOptions(batch_size=8, num_workers=0, cache=False, progress=False)
     samples = Samples(lidar_images=7, views=3)
     report: dict[str, Any] = evaluate_rank(weights, images, samples=samples, options=extraction)
-    given, of_files = Given(images=images, warp=True, limit=5), {"input": {"images": {"number": 13}}}
+    given, of_files = (
+        Given(images=images, warp=True, limit=5),
+        {"input": {"images": {"number": 13}}},
+    )
     places: dict[str, Any] = evaluate_correspond(
         weights, given, size=32, fingerprint={**of_files, "command": out}
     )

@@ -338,9 +338,7 @@ def _score(overlaps: Sequence[_Overlap]) -> dict[str, float]:
     return {**score, "jaccard": 100 * sum(masks) / len(masks)} if masks else score
 
 
-def _write(
-    finder: _Finder, truth: TrueObjects, results: Sequence[_Result], out: Path
-) -> str:
+def _write(finder: _Finder, truth: TrueObjects, results: Sequence[_Result], out: Path) -> str:
     """Write NAME/mask.png of every image, the boxes, and a sheet, on rank 0; the sheet's path."""
     if distributed.rank() == 0:
         with writing_to(out):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -27,7 +28,7 @@ from dinoscale.evaluate.retrieval.retrieve import evaluate_retrieve
 from dinoscale.evaluate.video.davis import evaluate_video
 from dinoscale.evaluate.video.propagation import Settings as VideoSettings
 from tests.unit.evaluate.conftest import Colors
-from tests.unit.evaluate.tiny_files import as_json, save_picture, save_weights
+from tests.unit.evaluate.tiny_files import save_picture, save_weights
 
 CPU = torch.device("cpu")
 FORM = Form[str](str, str)
@@ -164,14 +165,14 @@ def test_an_interrupted_task_goes_on_to_the_same_report(
 ) -> None:
     options = LoadOptions(device="cpu", progress=False)
     how = {"options": options, "untrained": True, "out": tmp_path / "out"}
-    whole = as_json(measure(place / "w.safetensors", place, **how))
+    whole = json.dumps(measure(place / "w.safetensors", place, **how))
     interrupt_after(1)
     with pytest.raises(KeyboardInterrupt):
         measure(place / "w.safetensors", place, fingerprint=OF_FILES, **how)
     interrupt_after(0)
     with caplog.at_level(logging.INFO):
         again = measure(place / "w.safetensors", place, fingerprint=OF_FILES, **how)
-    assert again == whole
+    assert json.dumps(again) == whole
     assert "1 of 2 results are those of an earlier start" in caplog.text
     assert not list(cache.iterdir())  # reported, so that another command measures anew
 
