@@ -157,10 +157,11 @@ def _imagenet_keys(path: str | Path, images: Sequence[str]) -> list[str]:
                 f" {image} has none in its name, such as {_imagenet_key(1)}. Keep these names, or"
                 " write an object, IMAGE: [CLASSES]."
             )
-        if first.setdefault(number, image) != image:
+        if number in first:
             raise DataError(
                 f"{path}: the images {first[number]} and {image} have the same number. Remove one."
             )
+        first[number] = image
     return [_imagenet_key(number) for number in first]
 
 

@@ -101,6 +101,7 @@ ONE = ("a/1.png",)
         ({"1.png": [0]}, (*ONE, "b/1.png"), "'1.png' is the name of several images"),
         ([[0]] * IMAGENET_VAL, ("00050001.png",), "the image 00050001.png has none in its name"),
         ([[0]] * IMAGENET_VAL, ONE, "the image a/1.png has none in its name"),
+        ({"1.png": [0]}, ("1.png", "1.png"), "'1.png' is the name of several images"),  # in shards
         (
             [[0]] * IMAGENET_VAL,
             ("a/val_00000001.png", "b/val_00000001.png"),
