@@ -16,11 +16,21 @@ from dinoscale.data.sources.classes import Classes
 from dinoscale.errors import DataError
 from dinoscale.evaluate.classification.accuracy import num_correct
 from dinoscale.evaluate.classification.answers import Details, intervals
-from dinoscale.evaluate.classification.kept_probe import evaluate_probe
+from dinoscale.evaluate.classification.kept_probe import (
+    _Judgement,
+    _score,
+    _Truth,
+    evaluate_probe,
+)
 from dinoscale.evaluate.classification.knn import knn_accuracy
 from dinoscale.evaluate.classification.logistic import evaluate_logistic
 from dinoscale.evaluate.frozen_backbone import ExtractionOptions
-from dinoscale.evaluate.label_lists import IMAGENET_VAL, NO_CLASS, read_label_lists
+from dinoscale.evaluate.label_lists import (
+    IMAGENET_VAL,
+    NO_CLASS,
+    LabelLists,
+    read_label_lists,
+)
 from dinoscale.reports.comparison.scores import Outcome, compare
 from tests.unit.evaluate.conftest import Colors
 
@@ -126,6 +136,15 @@ def test_an_answer_is_right_if_it_is_among_the_labels() -> None:
     features = torch.eye(3)  # whose neighbours are of the classes 0, 1, 2
     found = knn_accuracy(features, torch.arange(3), features, labels[:3], ks=(1,))[1]
     assert found.top1 == pytest.approx(100 * 2 / 3)
+
+
+def test_of_several_labels_there_is_no_top_5() -> None:
+    right = _Judgement(torch.zeros(4), top1=1, top5=2, top1_of_all=1)
+    labels, classes = torch.zeros(4, 1), list(range(6))
+    one = _score(right, _Truth(classes, labels), images=4, trained=6)
+    lists = LabelLists(labels, classes, "")
+    several = _score(right, _Truth(classes, labels, lists), images=4, trained=6)
+    assert (one, several) == ({"top1": 25, "top5": 50}, {"top1": 25})
 
 
 LABELS: dict[str, list[str]] = {

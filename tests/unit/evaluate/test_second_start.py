@@ -143,8 +143,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mask[10:30, 8:24] = 1
     (root / "masks").mkdir()
     for i in range(2):
-        save_picture(root / "images" / f"{i}.png", seed=i)
-        Image.fromarray(mask).save(root / "masks" / f"{i}.png")
+        save_picture(root / "images" / f"{i}.png", seed=i, size=(41, 49))  # halves of pixels
+        Image.fromarray(mask).resize((41, 49), 0).save(root / "masks" / f"{i}.png")
         for number in range(8):
             of_class = root / "classes" / "ab"[i] / str(number % 2)
             save_picture(of_class / f"{number}.png", seed=8 * i + number)
@@ -165,14 +165,18 @@ def test_an_interrupted_task_goes_on_to_the_same_report(
 ) -> None:
     options = LoadOptions(device="cpu", progress=False)
     how = {"options": options, "untrained": True, "out": tmp_path / "out"}
-    whole = json.dumps(measure(place / "w.safetensors", place, **how))
+
+    def written() -> dict[str, str]:
+        return {path.name: path.read_text() for path in (tmp_path / "out").rglob("*.json")}
+
+    whole = json.dumps(measure(place / "w.safetensors", place, **how)), written()
     interrupt_after(1)
     with pytest.raises(KeyboardInterrupt):
         measure(place / "w.safetensors", place, fingerprint=OF_FILES, **how)
     interrupt_after(0)
     with caplog.at_level(logging.INFO):
         again = measure(place / "w.safetensors", place, fingerprint=OF_FILES, **how)
-    assert json.dumps(again) == whole
+    assert (json.dumps(again), written()) == whole
     assert "1 of 2 results are those of an earlier start" in caplog.text
     assert not list(cache.iterdir())  # reported, so that another command measures anew
 
