@@ -257,6 +257,46 @@ class Decoder:
 RGB = Decoder()
 
 
+class Animation:
+    """A GIF, APNG or WebP file of several frames, or any picture as one frame.
+
+    Frames are decoded one by one, in any order; in their own order that takes no detours.
+
+    Attributes:
+        path: its name, for messages.
+        fps: frames per second, by the time that the first one is shown; None if it is not stated.
+    """
+
+    def __init__(self, data: bytes, path: str, decoder: Decoder) -> None:
+        """Read the headers of all frames.
+
+        Raises:
+            BadSampleError: damaged at its start, or nothing that Pillow opens.
+        """
+        self.path, self._data, self._decoder = path, data, decoder
+        with _reasons(data, path):
+            self._opened = _opened(data)
+            self._number = int(getattr(self._opened, "n_frames", 1))
+            self._opened.seek(0)
+            self._opened.load()  # a WebP file states its times then
+            frame_ms = self._opened.info.get("duration")
+        self.fps = 1000 / float(frame_ms) if frame_ms else None
+
+    def __len__(self) -> int:
+        """Number of frames."""
+        return self._number
+
+    def pixels(self, index: int) -> NDArray[np.uint8]:
+        """A frame as it is shown, uint8 (H, W, C).
+
+        Raises:
+            BadSampleError: it, or one that it builds on, cannot be decoded.
+        """
+        with _reasons(self._data, f"{self.path}, frame {index}"):
+            self._opened.seek(index)
+            return self._decoder.upright_pixels(self._opened)
+
+
 def read_as_stored(data: bytes, path: str) -> Image.Image:
     """Read a mask or label picture without conversion (palette numbers stay) or rotation.
 

@@ -1,7 +1,8 @@
-"""Videos with object masks: numbered frames in tar shards or folders, in time order.
+"""Videos, with object masks or without: numbered frames in tar shards or folders, in time order.
 
-`SEQUENCE/00000.jpg` with `SEQUENCE/00000.mask.png` beside it, in tars or in a folder; or the layout
-of DAVIS, `JPEGImages/480p/SEQUENCE/00000.jpg` and `Annotations/480p/SEQUENCE/00000.png`.
+`SEQUENCE/00000.jpg`, if it has a mask with `SEQUENCE/00000.mask.png` beside it, in tars or in a
+folder; or the layout of DAVIS, `JPEGImages/480p/SEQUENCE/00000.jpg` and
+`Annotations/480p/SEQUENCE/00000.png`.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Video:
-    """Frames in time order; the first has a mask."""
+    """Frames in time order; of `open_videos`, the first has a mask."""
 
     name: str
     frames: tuple[Frame, ...]
@@ -159,19 +160,39 @@ def _check_mask(file: File, image: Image.Image, *, size: tuple[int, int] | None)
 
 
 def open_videos(spec: str, *, names: Sequence[str] | None = None) -> list[Video]:
+    """List the videos whose first frames have masks; arguments as of `list_videos`.
+
+    Raises:
+        DataError: as of `list_videos`, a frame is missing in the middle, or a first frame has no
+            mask.
+        UnavailableError: the file system failed for about a minute.
+    """
+    videos = list_videos(spec, names=names)
+    for video in videos:
+        _require_no_gap(video)
+        if video.frames[0].mask is None:
+            raise DataError(
+                f"{video.name}: the first frame, {video.frames[0].image}, has no mask, which "
+                "defines the objects."
+            )
+    return videos
+
+
+def list_videos(spec: str, *, names: Sequence[str] | None = None) -> list[Video]:
     """List the videos of a folder or of tar shards; pictures are read later.
 
     Args:
-        spec: a tar, a brace pattern or glob of tars, a folder of tars, a folder of sequences, or
-            the folder of DAVIS, where by default only `ImageSets/2017/val.txt` is taken.
+        spec: a tar, a brace pattern or glob of tars, a folder of tars, a folder of frames or of
+            sequences, or the folder of DAVIS, where by default only `ImageSets/2017/val.txt` is
+            taken.
         names: names of the sequences to take; None takes all.
 
     Returns:
         In the order of their names, or of `names`.
 
     Raises:
-        DataError: nothing is there or cannot be listed, a sequence that was named is not there, a
-            frame is missing in the middle or lies in two tars, or a first frame has no mask.
+        DataError: nothing is there or cannot be listed, a sequence that was named is not there, or
+            a frame has no number, that of another one, or lies in two tars.
         UnavailableError: the file system failed for about a minute.
     """
     path = os.path.expanduser(spec)
@@ -196,8 +217,8 @@ def open_videos(spec: str, *, names: Sequence[str] | None = None) -> list[Video]
     }
     if not found:
         raise DataError(
-            f"{spec}: no videos. Need SEQUENCE/00000.jpg and SEQUENCE/00000.mask.png in tars or a "
-            "folder, or the folders JPEGImages and Annotations of DAVIS."
+            f"{spec}: no videos. Need SEQUENCE/00000.jpg (its mask is SEQUENCE/00000.mask.png) in "
+            "tars or a folder, or the folders JPEGImages and Annotations of DAVIS."
         )
     missing = [name for name in names or () if name not in found]
     if missing:
@@ -291,25 +312,21 @@ def _video(name: str, members: dict[str, dict[str, File]]) -> Video:
         if extension and number:
             frames.append(Frame(int(number[0]), files[extension], files.get(_MASK)))
     frames.sort(key=lambda frame: frame.number)
-    _check_numbers(name, [frame.number for frame in frames])
-    if frames[0].mask is None:
-        raise DataError(
-            f"{name}: the first frame, {frames[0].image}, has no mask, which defines the objects."
-        )
+    for before, after in pairwise(frames):
+        if before.number == after.number:
+            twice = before.number
+            raise DataError(f"{name}: two frames have the number {twice}. Keep one of them.")
     return Video(name, tuple(frames))
 
 
-def _check_numbers(name: str, numbers: Sequence[int]) -> None:
+def _require_no_gap(video: Video) -> None:
     """Refuse a gap: propagation would jump, and results would not be comparable."""
+    numbers = [frame.number for frame in video.frames]
     gaps = [after - before for before, after in pairwise(numbers)]
-    step = min(gaps, default=1)
-    if step == 0:
-        twice = numbers[gaps.index(0)]
-        raise DataError(f"{name}: two frames have the number {twice}. Keep one of them.")
-    wrong = [i for i, gap in enumerate(gaps) if gap != step]
+    wrong = [i for i, gap in enumerate(gaps) if gap != min(gaps)]
     if wrong:
         before, after = numbers[wrong[0]], numbers[wrong[0] + 1]
         raise DataError(
-            f"{name}: frames are missing between {before:05d} and {after:05d}. Bring them, or "
-            "make two sequences of it."
+            f"{video.name}: frames are missing between {before:05d} and {after:05d}. Bring them, "
+            "or make two sequences of it."
         )

@@ -7,13 +7,14 @@ import math
 import os
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dinoscale.data.decoding.decode import RGB
-from dinoscale.data.sources.videos import VOID, object_numbers, open_videos
+from dinoscale.data.decoding.decode import RGB, Animation, BadSampleError
+from dinoscale.data.sources.videos import VOID, list_videos, object_numbers, open_videos
 from dinoscale.errors import DataError, UnavailableError
 from tests.unit.data.conftest import Storage
 
@@ -147,6 +148,46 @@ def test_what_is_missing_or_odd_is_named(
     files = {k: v for k, v in (_files("car", frames=5) | change).items() if v is not None}
     with pytest.raises(DataError, match=says):
         open_videos(str(_tar(tmp_path / "x.tar", files)))
+
+
+def test_frames_without_masks_may_have_gaps_but_no_number_twice(tmp_path: Path) -> None:
+    frames = {f"car/{i:05d}.jpg": _jpg() for i in (0, 1, 3, 7)}
+    (video,) = list_videos(str(_tree(tmp_path / "a", frames)))
+    assert [frame.number for frame in video.frames] == [0, 1, 3, 7]
+    (flat,) = list_videos(str(tmp_path / "a" / "car"))
+    assert flat == video
+    with pytest.raises(DataError, match="two frames have the number 3"):
+        list_videos(str(_tree(tmp_path / "b", frames | {"car/3.png": _jpg()})))
+
+
+def _animation(frames: int, kind: str, **more: Any) -> bytes:
+    """Gray frames, of which each is brighter."""
+    pictures = [Image.new("RGB", (SIZE[1], SIZE[0]), (40 * i,) * 3) for i in range(frames)]
+    file = io.BytesIO()
+    pictures[0].save(file, kind, save_all=True, append_images=pictures[1:], **more)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_frames_of_a_file_are_decoded_in_any_order(kind: str) -> None:
+    more = {"lossless": True} if kind == "WEBP" else {}
+    animation = Animation(_animation(4, kind, duration=50, **more), "x", RGB)
+    assert (len(animation), animation.fps) == (4, 20)
+    for index in (0, 1, 3, 2, 0):
+        pixels = animation.pixels(index)
+        assert pixels.shape == (*SIZE, 3)
+        assert (pixels == 40 * index).all()
+
+
+def test_a_still_picture_is_one_frame_and_damaged_ones_are_named() -> None:
+    still = Animation(_jpg(), "x", RGB)
+    assert (len(still), still.fps) == (1, None)
+    with pytest.raises(BadSampleError, match="x: the file is empty"):
+        Animation(b"", "x", RGB)
+    cut = Animation(_animation(4, "PNG")[:-40], "x.png", RGB)
+    with pytest.raises(BadSampleError, match=r"x\.png, frame 3: "):
+        cut.pixels(3)
+    assert (cut.pixels(1) == 40).all()
 
 
 def test_a_folder_without_videos_is_refused(tmp_path: Path) -> None:
