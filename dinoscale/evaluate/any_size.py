@@ -166,11 +166,13 @@ class FittedImage:
     """An image as a backbone sees it.
 
     Attributes:
+        number: of the image in its set.
         path: where it lies, for messages.
         size: its original height and width in pixels.
         image: resized and cut to whole patches.
     """
 
+    number: int
     path: str
     size: tuple[int, int]
     image: Image.Image
@@ -214,8 +216,7 @@ class FittedImages:
         for index in bar:
             path = self._source.path(index)
             try:
-                image = read_image(self._source, index)
-                fitted = FittedImage(path, (image.height, image.width), self.fit.cut(image))
+                fitted = self.read(index)
             except DataError as error:
                 self.left_out.append(str(error) if path in str(error) else f"{path}: {error}")
                 log.warning("left out %s", self.left_out[-1])
@@ -224,6 +225,16 @@ class FittedImages:
             yield fitted
         if not self.used:
             raise DataError(f"no image can be used; the first: {self.left_out[0]}")
+
+    def read(self, index: int) -> FittedImage:
+        """Read one image.
+
+        Raises:
+            DataError: it cannot be decoded, or has too many patches.
+        """
+        image = read_image(self._source, index)
+        size = (image.height, image.width)
+        return FittedImage(index, self._source.path(index), size, self.fit.cut(image))
 
     def report(self, folder: Path, sheet: str) -> dict[str, object]:
         """What was read, and where its pictures are, ready for JSON."""
@@ -261,7 +272,11 @@ class WholeImages(LoadedBackbone):
 
     def fitted(self, spec: str, *, limit: int | None) -> FittedImages:
         """The first `limit` images of a set one by one, or all; errors as of `open_images`."""
-        return FittedImages(self.open(spec), self.fit, limit=limit, progress=self.options.progress)
+        return self.fit_all(self.open(spec), limit=limit)
+
+    def fit_all(self, source: Source, *, limit: int | None) -> FittedImages:
+        """The first `limit` images of an open set one by one, or all."""
+        return FittedImages(source, self.fit, limit=limit, progress=self.options.progress)
 
     def input(self, image: Image.Image) -> Tensor:
         """Normalise an image of whole patches: (1, C, H, W) on the device, as the weights are."""
@@ -318,7 +333,13 @@ class NamedFolders:
         self._taken: set[str] = set()
 
     def make(self, path: str) -> Path:
-        """Make the folder of an image, `path` as its source gives it; equal names get a number."""
+        """Make the folder of an image, `path` as its source gives it."""
+        folder = self._out / self.name(path)
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def name(self, path: str) -> str:
+        """The name of a folder to make; equal ones get a number."""
         base = path.rpartition("::")[2].rpartition("/")[2]  # of a member, or of a file
         stem = re.sub(r"[^\w.+-]+", "_", base.rpartition(".")[0] or base).strip(".")
         stem = stem[:_NAME_LENGTH] or "image"
@@ -327,9 +348,7 @@ class NamedFolders:
             number += 1
             name = f"{stem}-{number}"
         self._taken.add(name.casefold())
-        folder = self._out / name
-        folder.mkdir(exist_ok=True)
-        return folder
+        return name
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:

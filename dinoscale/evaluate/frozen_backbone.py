@@ -125,12 +125,15 @@ class LoadedBackbone:
 
     def report(self, task: str, **parts: object) -> dict[str, object]:
         """The report of a task, ready for JSON: which weights it measured, then its own parts."""
+        return {"task": task, **self.about, **parts}
+
+    @property
+    def about(self) -> dict[str, object]:
+        """Which weights these are, for a report."""
         return {
-            "task": task,
             "weights": self.path,
             "weights_source": self.card.source,
             "backbone": asdict(self.card.backbone),
-            **parts,
         }
 
 

@@ -1,8 +1,10 @@
-"""Which of many results a sheet shows: some of the best, of the middle and of the worst."""
+"""Which of many results a sheet shows, and what it calls the weights that gave them."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import PurePath
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -32,3 +34,13 @@ def best_median_worst(
         for number in chosen:
             labels.setdefault(number, kind)
     return [(kind, results[number]) for number, kind in labels.items()]
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """The shortest ends of paths that no two of them share."""
+    parts = [PurePath(path).parts for path in paths]
+    for length in range(1, max(map(len, parts), default=1)):
+        names = [str(PurePath(*part[-length:])) for part in parts]
+        if max(Counter(names).values()) == 1:
+            return names
+    return list(paths)

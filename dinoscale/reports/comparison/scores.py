@@ -11,11 +11,12 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, Literal
 
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.provenance import WEIGHTS
+from dinoscale.evaluate.sheet import short_names
 from dinoscale.reports.comparison.paired_tests import PairedTest, paired_tests
 from dinoscale.reports.comparison.ranks import mean_ranks, ranks_of
 from dinoscale.runtime.fingerprint import digest_of
@@ -398,23 +399,13 @@ def _in_order(
 
 def _labelled(order: Mapping[str, list[Row]]) -> list[Row]:
     """Label rows by the shortest ends of their paths that tell them apart."""
-    for name, rows in zip(_short(list(order)), order.values(), strict=True):
+    for name, rows in zip(short_names(list(order)), order.values(), strict=True):
         seen = Counter[str]()
         for row in rows:
             seen[row.label] += 1
             number = f" #{seen[row.label]}" if seen[row.label] > 1 else ""
             row.label = f"{name}{row.label}{number}"
     return [row for rows in order.values() for row in rows]
-
-
-def _short(paths: Sequence[str]) -> list[str]:
-    """The shortest ends of paths that no two of them share."""
-    parts = [PurePath(path).parts for path in paths]
-    for length in range(1, max(map(len, parts), default=1)):
-        names = [str(PurePath(*part[-length:])) for part in parts]
-        if max(Counter(names).values()) == 1:
-            return names
-    return list(paths)
 
 
 def _baselines(rows: Sequence[Row]) -> list[Row]:

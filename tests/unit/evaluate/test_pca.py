@@ -19,14 +19,8 @@ from dinoscale.convert.weights_file import (
     save_backbone,
 )
 from dinoscale.errors import ConfigError, DataError
-from dinoscale.evaluate.dense.pca import (
-    BASIS,
-    SHEET,
-    draw_pairs,
-    evaluate_pca,
-    find_foreground,
-    fit_basis,
-)
+from dinoscale.evaluate.dense.components import find_foreground, fit_basis
+from dinoscale.evaluate.dense.pca import BASIS, SHEET, draw_pairs, evaluate_pca
 from dinoscale.models.zoo import build_backbone
 
 REGISTERS = 4
@@ -71,7 +65,7 @@ def _features(weights: Path, image: Path) -> np.ndarray:
 def test_components_are_those_of_a_singular_value_decomposition() -> None:
     features = np.random.default_rng(0).normal(size=(50, 7)).astype(np.float32)
     features *= np.arange(1, 8, dtype=np.float32)
-    basis = fit_basis(features)
+    basis = fit_basis([features[:20], features[20:]])
     exact = features.astype(np.float64)
     centered = exact - exact.mean(axis=0)
     _, values, rows = np.linalg.svd(centered, full_matrices=False)
@@ -84,7 +78,7 @@ def test_components_are_those_of_a_singular_value_decomposition() -> None:
     rounding = np.finfo(np.float32).eps * abs(projected).max()
     np.testing.assert_allclose(projected.mean(axis=0, dtype=np.float64), 0, atol=rounding)
     with pytest.raises(DataError, match=r"3 components .* got \[2, 7\]"):
-        fit_basis(features[:2])
+        fit_basis([features[:2]])
 
 
 def test_one_basis_for_all_images_and_no_registers(
@@ -94,7 +88,7 @@ def test_one_basis_for_all_images_and_no_registers(
     report = evaluate_pca(weights, str(images), out, size=32)
     assert json.loads(json.dumps(report)) == report
     features = [_features(weights, images / f"{name}.png") for name in "ab"]
-    basis = fit_basis(np.concatenate(features))
+    basis = fit_basis(features)
     stored = np.load(out / BASIS)
     assert_close(stored["components"], basis.components)
     for name, grid, x in zip("ab", ((4, 6), (8, 4)), features, strict=True):
@@ -145,9 +139,9 @@ def test_background_patches_are_black_and_do_not_change_the_basis(
     features = np.concatenate([_features(weights, images / f"{name}.png") for name in "ab"])
     raws = [np.load(out / name / "pca.npz") for name in "ab"]
     fronts = np.concatenate([raw["foreground"].ravel() for raw in raws])
-    above = fit_basis(features).project(features)[:, 0] > 0
+    above = fit_basis([features]).project(features)[:, 0] > 0
     assert np.array_equal(fronts, above) or np.array_equal(fronts, ~above)
-    assert_close(np.load(out / BASIS)["components"], fit_basis(features[fronts]).components)
+    assert_close(np.load(out / BASIS)["components"], fit_basis([features[fronts]]).components)
     colors = np.asarray(Image.open(out / "a" / "pca.png"))[::8, ::8]
     assert (colors[~raws[0]["foreground"]] == 0).all()
 

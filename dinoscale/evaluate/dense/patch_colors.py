@@ -1,0 +1,178 @@
+"""Patches in colors that mean the same in all images, and for all of several networks.
+
+Red, green and blue are the first three principal components over the patches of all images
+together, each from dark to bright: patches of one color have similar features, within and across
+images. For a second network they are its own three components, turned to agree best with those of
+the first (`components.turn_to`), in the units of the first and from dark to bright as these.
+
+Shape letters: D width, R, C rows and columns of patches of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from dinoscale.errors import DataError
+from dinoscale.evaluate.any_size import FittedImages, WholeImages
+from dinoscale.evaluate.dense.components import (
+    Basis,
+    find_foreground,
+    fit_basis,
+    resample,
+    turn_to,
+)
+
+_TAILS = 1.0  # percent of the patches clipped at either end of a component
+
+Place = tuple[int, int]  # of an image: which of several sets, and which image of it
+Features = dict[Place, NDArray[np.float32]]  # (R, C, D) of each image
+Fronts = dict[Place, NDArray[np.bool_]]  # (R, C) of each image, True for foreground
+
+
+@dataclass(frozen=True)
+class Colored:
+    """What one network shows of the patches of many images.
+
+    Attributes:
+        network: it.
+        sets: the images as it sees them, each set read once.
+        places: of the images, in their order.
+        basis: of its patches, over all images.
+        agreement: with the first network, see `turn_to`; 1 of the first one itself.
+        components: (R, C, 3) of each image.
+        foregrounds: (R, C) bool of each image; patches outside are black.
+        ends: (2, 3), the darkest and the brightest value of each component: 1 % of the first
+            network's patches are below and above.
+    """
+
+    network: WholeImages
+    sets: Sequence[FittedImages]
+    places: list[Place]
+    basis: Basis
+    agreement: float
+    components: Features
+    foregrounds: Fronts
+    ends: NDArray[np.float64]
+
+    def picture(self, place: Place, size: tuple[int, int], *, smooth: bool) -> Image.Image:
+        """The colors of an image at a width and height in pixels."""
+        how = Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST
+        color = _to_color(self.components[place], self.foregrounds[place], self.ends)
+        return Image.fromarray(color).resize(size, how)
+
+    @property
+    def score(self) -> dict[str, float]:
+        """Share of the variance that the three components explain, in percent."""
+        return {"explained_variance": 100 * float(self.basis.explained.sum())}
+
+
+def color_patches(
+    networks: Sequence[WholeImages],
+    sets_of: Sequence[Sequence[FittedImages]],
+    *,
+    foreground: bool,
+) -> list[Colored]:
+    """Color the patches of all images that every network can use.
+
+    The features of one network at a time are in memory, of all images together.
+
+    Args:
+        networks: at least one.
+        sets_of: for each network the same sets of images.
+        foreground: split the patches by the first component of the first network, draw the
+            background black, and fit the components of all networks to the foreground, as in the
+            figures of DINOv2.
+
+    Returns:
+        Of each network; all of the same images.
+
+    Raises:
+        DataError: there are no such images, or too few patches.
+        NonFiniteError: a feature is not a finite number.
+    """
+    found: list[Colored] = []
+    for network, sets in zip(networks, sets_of, strict=True):
+        found.append(_color(network, sets, found, foreground=foreground))
+    places = found[-1].places
+    return [replace(colored, places=places) for colored in found]
+
+
+def _color(
+    network: WholeImages,
+    sets: Sequence[FittedImages],
+    before: Sequence[Colored],
+    *,
+    foreground: bool,
+) -> Colored:
+    """Color the images that the networks before this one could use."""
+    features = {
+        (number, image.number): network.patch_maps(image.image)[0].cpu().numpy()
+        for number, images in enumerate(sets)
+        for image in images  # draws a bar
+        if not before or (number, image.number) in before[-1].components
+    }
+    if not features:
+        raise DataError(f"{network.path} can use none of the images that the weights before it can")
+    if before:
+        basis, fronts, agreement = _fit_to(before[0], features, network.fit.patch)
+    else:
+        basis, fronts, agreement = *_fit_alone(features, foreground=foreground), 1.0
+    components = {place: basis.project(x) for place, x in features.items()}
+    ends = before[0].ends if before else _range(components, fronts)
+    places = list(features)
+    return Colored(network, sets, places, basis, agreement, components, fronts, ends)
+
+
+def _fit_alone(features: Features, *, foreground: bool) -> tuple[Basis, Fronts]:
+    """Basis over all images, and their foreground patches; all patches unless `foreground`."""
+    fronts = {place: np.ones(x.shape[:2], dtype=np.bool_) for place, x in features.items()}
+    basis = _fit(features, fronts)
+    if foreground:
+        first = [basis.project(x)[..., 0] for x in features.values()]
+        fronts = dict(zip(features, find_foreground(first), strict=True))
+        basis = _fit(features, fronts)
+    return basis, fronts
+
+
+def _fit_to(first: Colored, features: Features, patch: int) -> tuple[Basis, Fronts, float]:
+    """The basis turned to the first network's, over its foreground, and how well they agree."""
+    first_patch, fronts = first.network.fit.patch, {}
+    for place, maps in features.items():
+        mask = first.foregrounds[place][..., None]
+        grid = (maps.shape[0], maps.shape[1])
+        same = resample(mask, first_patch, grid=grid, to_patch=patch, mode="nearest")
+        fronts[place] = same[..., 0] > 0.5
+    basis = _fit(features, fronts)
+    own, target = [], []
+    for place, maps in features.items():
+        front = first.foregrounds[place]
+        grid = (front.shape[0], front.shape[1])
+        components = resample(basis.project(maps), patch, grid=grid, to_patch=first_patch)
+        own.append(components[front])
+        target.append(first.components[place][front])
+    mixture, agreement = turn_to(np.concatenate(own), np.concatenate(target))
+    return basis.mixed(mixture), fronts, agreement
+
+
+def _fit(features: Features, fronts: Fronts) -> Basis:
+    return fit_basis([features[place][front] for place, front in fronts.items()])
+
+
+def _range(components: Features, fronts: Fronts) -> NDArray[np.float64]:
+    """What is dark and what is bright of each component, (2, 3), over all images."""
+    values = np.concatenate([x[fronts[place]] for place, x in components.items()])
+    return np.asarray(np.percentile(values, (_TAILS, 100 - _TAILS), axis=0))
+
+
+def _to_color(
+    components: NDArray[np.float32], front: NDArray[np.bool_], ends: NDArray[np.float64]
+) -> NDArray[np.uint8]:
+    """Components (R, C, 3) from dark to bright as uint8; background is black."""
+    span = np.maximum(ends[1] - ends[0], np.finfo(np.float32).tiny)
+    bright = ((components - ends[0]) / span).clip(0, 1) * front[..., None]
+    return np.asarray((255 * bright).round().astype(np.uint8))
