@@ -236,15 +236,6 @@ class FittedImages:
         size = (image.height, image.width)
         return FittedImage(index, self._source.path(index), size, self.fit.cut(image))
 
-    def report(self, folder: Path, sheet: str) -> dict[str, object]:
-        """What was read, and where its pictures are, ready for JSON."""
-        return {
-            "images": self.used,
-            "left_out": self.left_out,
-            "folder": str(folder),
-            "picture": str(folder / sheet),
-        }
-
 
 @dataclass(frozen=True)
 class WholeImages(LoadedBackbone):

@@ -22,7 +22,7 @@ _INPUTS = (
     *("originals", "queries", "distractors", "pairs", "whitening", "probe", "boxes", "labels"),
     *("train_masks", "test_masks", "train_depths", "test_depths", "head"),
 )
-_SETS = "sets"  # the option that names several
+_SEVERAL = ("sets", "also")  # options that name several
 # Options that change no number: where to write, how to read, and what the parser adds.
 _WITHOUT_EFFECT = {
     "command",
@@ -41,8 +41,9 @@ _MODULES = {
         task: (f"classification.{task}",)
         for task in ("finetune", "knn", "linear", "logistic", "transfer")
     },
-    "attention": ("dense.attention", "dense.attention_files"),
-    **{task: (f"dense.{task}",) for task in ("pca", "segment")},
+    "attention": ("dense.attention", "dense.attention_files", "dense.animate"),
+    "pca": ("dense.pca", "dense.animate"),
+    "segment": ("dense.segment",),
     "correspond": ("correspondence.correspond",),
     "discover": ("discovery.discover",),
     "copies": ("retrieval.copies",),
@@ -64,18 +65,26 @@ def made_from(options: Mapping[str, object]) -> Fingerprint | None:
     Raises:
         UnavailableError: a file system failed for about a minute.
     """
-    task = str(options["task"])
-    specs = {name: options[name] for name in _INPUTS if isinstance(options.get(name), str)}
-    sets = options.get(_SETS)
-    specs |= {f"{_SETS}.{i}": spec for i, spec in enumerate(sets if isinstance(sets, list) else [])}
-    if not all(_is_there(str(spec)) for spec in specs.values()):
+    task, specs = str(options["task"]), input_specs(options)
+    if not all(map(_is_there, specs.values())):
         return None
     settings = {name: value for name, value in options.items() if name not in _WITHOUT_EFFECT}
     return fingerprint(
-        input={name: _print_of(name, str(spec)) for name, spec in specs.items()},
+        input={name: _print_of(name, spec) for name, spec in specs.items()},
         command=settings,
         code=code_fingerprint(*(f"dinoscale.evaluate.{module}" for module in _MODULES[task])),
     )
+
+
+def input_specs(options: Mapping[str, object]) -> dict[str, str]:
+    """What a task reads, by the option that names it; of several `OPTION.0`, `OPTION.1`, ..."""
+    specs = {name: spec for name in _INPUTS if isinstance(spec := options.get(name), str)}
+    for option in _SEVERAL:
+        named = options.get(option)
+        specs |= {
+            f"{option}.{i}": x for i, x in enumerate(named if isinstance(named, list) else [])
+        }
+    return specs
 
 
 def _is_there(spec: str) -> bool:
@@ -85,7 +94,8 @@ def _is_there(spec: str) -> bool:
 def _print_of(name: str, spec: str) -> object:
     if spec.startswith("synthetic:"):
         return spec
-    return files_fingerprint(*(_of_weights(spec) if name == WEIGHTS else files_of_spec(spec)))
+    weights = name == WEIGHTS or name.startswith("also.")
+    return files_fingerprint(*(_of_weights(spec) if weights else files_of_spec(spec)))
 
 
 def _of_weights(spec: str) -> tuple[str, Iterable[str]]:

@@ -13,11 +13,12 @@ from dinoscale.cli.arguments import (
     load_options,
     whole_images_options,
 )
+from dinoscale.errors import ConfigError
 
 if TYPE_CHECKING:
     from dinoscale.cli.arguments import SubCommands
 
-_LIMIT_HELP = "the first N images only, default all"
+_LIMIT_HELP = "the first N images (or frames of each video) only, default all"
 
 
 def add_dense(tasks: SubCommands) -> None:
@@ -35,7 +36,9 @@ def _add_attention(tasks: SubCommands) -> None:
         " With --out: one sheet, and for every image a folder with overlays (attn-*.png: the map in"
         " colors, mass-*.png: the patches that hold --mass of it) and the numbers (attention.npz)."
         " With OUT.png: only a sheet of some images, squeezed to squares; for synthetic sets, whose"
-        " masks are known, also how well attention covers the objects.",
+        " masks are known, also how well attention covers the objects. With --also the sheet has a"
+        " column for each of the weights, on one scale; with --video IMAGES are videos, and the"
+        " result is an animation of each, NAME-attention.webp, with the mean over the heads.",
         epilog="example: dinoscale evaluate attention weights.safetensors photos/ --out attention/",
     )
     add_weights(attention)
@@ -46,6 +49,7 @@ def _add_attention(tasks: SubCommands) -> None:
     add_size(attention, also="; with OUT.png WEIGHTS' crop, at least 24 patches")
     _add_mass(attention)
     add_number(attention, "--limit", _LIMIT_HELP)
+    _add_side_by_side(attention)
     attention.set_defaults(run=_evaluate_attention)
 
 
@@ -85,7 +89,10 @@ def _add_pca(tasks: SubCommands) -> None:
         help="draw patch features as colors",
         description="The first three principal components of the last block's patch features, over"
         " all images together, as red, green and blue: patches of one color have similar features."
-        " Writes pca.png and pca.npz into a folder for every image, one sheet and the basis.",
+        " Writes pca.png and pca.npz into a folder for every image, one sheet and the basis. The"
+        " components of --also are turned to agree with those of WEIGHTS (orthogonal Procrustes),"
+        " so that a color means the same in every column. With --video IMAGES are videos, and the"
+        " result is an animation of each, NAME-pca.webp, with one basis over all frames.",
         epilog="example: dinoscale evaluate pca weights.safetensors photos/ --out pca/",
     )
     add_weights(pca)
@@ -99,6 +106,7 @@ def _add_pca(tasks: SubCommands) -> None:
     )
     pca.add_argument("--smooth", action="store_true", help="enlarge patches bilinearly")
     add_number(pca, "--limit", _LIMIT_HELP)
+    _add_side_by_side(pca)
     pca.set_defaults(run=_evaluate_pca)
 
 
@@ -107,7 +115,21 @@ def _add_mass(task: argparse.ArgumentParser) -> None:
     add_number(task, "--mass", says, default=0.6, kind=float, metavar="SHARE")
 
 
+def _add_side_by_side(task: argparse.ArgumentParser) -> None:
+    task.add_argument(
+        "--also", nargs="+", default=[], metavar="OTHER", help="other weights, side by side"
+    )
+    task.add_argument(
+        "--video",
+        action="store_true",
+        help="IMAGES are videos: a folder or tars of numbered frames, or a GIF, APNG or WebP file",
+    )
+    says = "of --video: frames per second, default that of the file, else 10"
+    add_number(task, "--fps", says, kind=float)
+
+
 def _evaluate_attention(options: argparse.Namespace) -> dict[str, Any]:
+    _check_side_by_side(options)
     if options.sheet:
         from dinoscale.evaluate.dense.attention import evaluate_attention
 
@@ -118,16 +140,38 @@ def _evaluate_attention(options: argparse.Namespace) -> dict[str, Any]:
             size=options.size,
             options=load_options(options),
         )
+    if options.video:
+        from dinoscale.evaluate.dense.animate import animate_attention
+
+        return animate_attention(
+            options.weights,
+            options.images,
+            options.out,
+            also=options.also,
+            fps=options.fps,
+            limit=options.limit,
+            **whole_images_options(options),
+        )
     from dinoscale.evaluate.dense.attention_files import write_attention
 
     return write_attention(
         options.weights,
         options.images,
         options.out,
+        also=options.also,
         mass=options.mass,
         limit=options.limit,
         **whole_images_options(options),
     )
+
+
+def _check_side_by_side(options: argparse.Namespace) -> None:
+    """Refuse options that another one makes meaningless, rather than ignore them."""
+    if options.fps is not None and not options.video:
+        raise ConfigError("--fps has a meaning with --video only. Add that, or leave it out.")
+    if getattr(options, "sheet", None) and (options.also or options.video):
+        option = "--video" if options.video else "--also"
+        raise ConfigError(f"{option} needs a folder: give --out DIR in place of OUT.png.")
 
 
 def _evaluate_segment(options: argparse.Namespace) -> dict[str, Any]:
@@ -145,14 +189,20 @@ def _evaluate_segment(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _evaluate_pca(options: argparse.Namespace) -> dict[str, Any]:
+    _check_side_by_side(options)
+    arguments = {
+        "also": options.also,
+        "foreground": options.foreground,
+        "smooth": options.smooth,
+        "limit": options.limit,
+        **whole_images_options(options),
+    }
+    if options.video:
+        from dinoscale.evaluate.dense.animate import animate_pca
+
+        return animate_pca(
+            options.weights, options.images, options.out, fps=options.fps, **arguments
+        )
     from dinoscale.evaluate.dense.pca import evaluate_pca
 
-    return evaluate_pca(
-        options.weights,
-        options.images,
-        options.out,
-        foreground=options.foreground,
-        smooth=options.smooth,
-        limit=options.limit,
-        **whole_images_options(options),
-    )
+    return evaluate_pca(options.weights, options.images, options.out, **arguments)

@@ -6,6 +6,7 @@ Source: the visualisation code of Caron et al. 2021 (arXiv:2104.14294).
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from dinoscale.errors import DataError
 from dinoscale.evaluate.any_size import (
     SIZE,
     FittedImage,
+    FittedImages,
     NamedFolders,
     WholeImages,
-    load_whole_images,
     save_picture,
     writing_to,
 )
@@ -31,11 +33,22 @@ from dinoscale.evaluate.dense.attention_maps import (
     enlarge,
     keep_mass,
 )
+from dinoscale.evaluate.dense.side_by_side import (
+    ROWS_DRAWN,
+    SHEET_PANEL,
+    draw_table,
+    folders_of,
+    left_out,
+    load_side_by_side,
+    titles_of,
+    within,
+)
 from dinoscale.evaluate.frozen_backbone import DEFAULT_LOADING, LoadOptions
 
 SHEET = "attention-sheet.png"
-ROWS_DRAWN = 8  # of the sheet
 HEAT = 0.65  # opacity of the colors over the gray image
+
+_TAIL = 1.0  # percent of the patches that are brighter than a shared scale
 
 
 def write_attention(
@@ -46,13 +59,15 @@ def write_attention(
     size: int = SIZE,
     square: bool = False,
     mass: float = MASS,
+    also: Sequence[str | Path] = (),
     limit: int | None = None,
     options: LoadOptions = DEFAULT_LOADING,
 ) -> dict[str, object]:
     """Write the attention of the class token over every image of a set into a folder.
 
-    Each image gets a folder with its name, for the files of `_write`; a sheet shows the first
-    images in one picture.
+    Each image gets a folder with its name, for the files of `_write`; with several weights, each
+    has a folder of these. A sheet shows the first images in one picture, with the means over the
+    heads of all weights side by side if they are several.
 
     Args:
         weights_path: any weights file that `load_backbone` reads.
@@ -62,50 +77,91 @@ def write_attention(
         size: short side in pixels at which the backbone sees the images.
         square: squeeze the images to size x size, as in the reference's figures.
         mass: share of a map's attention that the mask keeps, 0 < mass <= 1.
+        also: other weights.
         limit: number of images, the first ones; None takes all.
         options: which network, and which device.
 
     Returns:
         What was written and how, ready for JSON; `left_out` names the images that could not be
-        read, with the reason.
+        read, with the reason. `also` says which the other weights are.
 
     Raises:
-        CheckpointError: the weights file cannot be used.
-        ConfigError: a setting is out of range, or the backbone has no attention.
+        CheckpointError: a weights file cannot be used.
+        ConfigError: a setting is out of range, or a backbone has no attention.
         DataError: no image can be read, or the folder cannot be written.
     """
     check_mass(mass)
-    loaded = load_whole_images(weights_path, options, size=size, square=square)
-    images = loaded.fitted(spec, limit=limit)
-    folder, rows = Path(out), list[Row]()
+    networks = load_side_by_side([weights_path, *also], options, size=size, square=square)
+    sets = [network.fitted(spec, limit=limit) for network in networks]
+    folder, rows = Path(out), list[dict[int, Row]]()
     with writing_to(folder):
-        folders = NamedFolders(folder)
-        for fitted in images:
-            maps = attention_maps(loaded.backbone, loaded.input(fitted.image))[0]
-            _write(fitted, maps, folders.make(fitted.path), patch=loaded.fit.patch, mass=mass)
-            if len(rows) < ROWS_DRAWN:
-                kept = keep_mass(maps.mean(dim=0), mass=mass)
-                rows.append(Row(_rgb(fitted.image), heads=maps.numpy(), kept=kept.numpy()))
-        title = f"{Path(weights_path).name}: attention of the class token in the last block"
-        draw_rows(rows, folder / SHEET, title=title, note="", mass=mass)
-    return loaded.report(
-        "attention",
+        for network, images, own in zip(networks, sets, folders_of(networks, folder), strict=True):
+            rows.append(_write_images(network, images, own, mass=mass))
+        _draw_sheet(titles_of(networks), rows, folder / SHEET, mass=mass)
+    return report_attention(
+        networks,
+        {"mass": mass},
         spec=spec,
-        **images.report(folder, SHEET),
-        protocol={"network": options.network, **_protocol(loaded, mass=mass)},
-        score=None,
+        images=sets[0].used,
+        left_out=left_out([sets]),
+        folder=str(folder),
+        picture=str(folder / SHEET),
     )
 
 
-def _protocol(loaded: WholeImages, *, mass: float) -> dict[str, object]:
-    return {
+def report_attention(
+    networks: Sequence[WholeImages], settings: Mapping[str, object], **parts: object
+) -> dict[str, object]:
+    """The report of the first weights, with `settings` in its protocol; `also` names the others."""
+    first, *others = networks
+    protocol = {
+        "network": first.options.network,
         "attention": "class token to patches, last block, softmax of q.k",
-        **loaded.fit.protocol(),
+        **first.fit.protocol(),
         "edges": "cut at the right and below",
-        "mass": mass,
+        **settings,
         "enlarged_by": "nearest neighbour",
-        **loaded.normalisation,
+        **first.normalisation,
     }
+    also = {"also": [network.about for network in others]} if others else {}
+    return first.report("attention", **parts, protocol=protocol, score=None, **also)
+
+
+def _write_images(
+    network: WholeImages, images: FittedImages, out: Path, *, mass: float
+) -> dict[int, Row]:
+    """Write the files of each image; returns what the sheet shows of the first ones, by number."""
+    out.mkdir(exist_ok=True)
+    folders, rows = NamedFolders(out), dict[int, Row]()
+    for fitted in images:  # draws a bar
+        maps = attention_maps(network.backbone, network.input(fitted.image))[0]
+        _write(fitted, maps, folders.make(fitted.path), patch=network.fit.patch, mass=mass)
+        if len(rows) < ROWS_DRAWN:
+            kept = keep_mass(maps.mean(dim=0), mass=mass)
+            rows[fitted.number] = Row(_rgb(fitted.image), heads=maps.numpy(), kept=kept.numpy())
+    return rows
+
+
+def _draw_sheet(
+    titles: Sequence[str], rows_of: Sequence[dict[int, Row]], path: Path, *, mass: float
+) -> None:
+    """All heads of one network; of several their means over heads, in a column for each."""
+    if len(rows_of) == 1:
+        title = f"{titles[0]}: attention of the class token in the last block"
+        draw_rows([*rows_of[0].values()], path, title=title, note="", mass=mass)
+        return
+    numbers = [number for number in rows_of[0] if all(number in rows for rows in rows_of)]
+    if not numbers:
+        raise DataError("there is no image that all weights can use")
+    means = [{n: rows[n].heads.mean(axis=0) for n in numbers} for rows in rows_of]
+    high = scale_of([of[number] for of in means for number in numbers])
+    pictures = []
+    for number in numbers:
+        image = Image.fromarray(rows_of[0][number].picture)
+        image = image.resize(within(image.size, SHEET_PANEL))
+        maps = [on_scale(of[number], high) for of in means]
+        pictures.append([image, *(heat_overlay(image, brightness) for brightness in maps)])
+    save_picture(draw_table(["image", *titles], pictures), path)
 
 
 def _rgb(image: Image.Image) -> NDArray[np.uint8]:
@@ -125,7 +181,7 @@ def _write(fitted: FittedImage, maps: Tensor, folder: Path, *, patch: int, mass:
     kept = keep_mass(shown, mass=mass)
     for name, attention, patches in zip(names, shown, kept, strict=True):
         for kind, picture in (
-            ("attn", _heat_overlay(fitted.image, attention)),
+            ("attn", heat_overlay(fitted.image, _full_scale(attention))),
             ("mass", _mass_overlay(fitted.image, patches)),
         ):
             save_picture(picture, folder / f"{kind}-{name}.png")
@@ -133,13 +189,36 @@ def _write(fitted: FittedImage, maps: Tensor, folder: Path, *, patch: int, mass:
     fitted.save(folder / "attention.npz", arrays, patch=patch)
 
 
-def _heat_overlay(image: Image.Image, attention: Tensor) -> Image.Image:
-    """The map in colors, from its smallest to its largest value, over the image in gray."""
+def _full_scale(attention: Tensor) -> NDArray[np.float32]:
+    """A map (R, C) as brightness, from its smallest to its largest value."""
+    span = max(float(attention.max() - attention.min()), float(np.finfo(np.float32).tiny))
+    return np.asarray((attention - attention.min()) / span)
+
+
+def scale_of(means: Sequence[NDArray[np.float32]]) -> float:
+    """The multiple of uniform attention that is brightest where maps share their colors.
+
+    Args:
+        means: (R, C) of each image, means over heads.
+
+    Returns:
+        That which 1 % of all patches exceed, in multiples of the mean of their map.
+    """
+    multiples = [(mean / mean.mean()).ravel() for mean in means]
+    return float(np.percentile(np.concatenate(multiples), 100 - _TAIL))
+
+
+def on_scale(mean: NDArray[np.float32], high: float) -> NDArray[np.float32]:
+    """A map (R, C) as brightness 0..1 on the scale that ends at `high` times its mean."""
+    return np.asarray((mean / (high * mean.mean())).clip(0, 1))
+
+
+def heat_overlay(image: Image.Image, brightness: NDArray[np.float32]) -> Image.Image:
+    """A map (R, C) of 0..1 in colors over an image of any size in gray."""
     import matplotlib
 
-    large = enlarge(attention, height=image.height, width=image.width).numpy()
-    span = max(float(large.max() - large.min()), np.finfo(np.float32).tiny)
-    colors = matplotlib.colormaps[COLORS]((large - large.min()) / span)[..., :3]  # (H, W, 3)
+    large = enlarge(torch.from_numpy(brightness), height=image.height, width=image.width).numpy()
+    colors = matplotlib.colormaps[COLORS](large)[..., :3]  # (H, W, 3)
     gray = np.asarray(image.convert("L"))[..., None] / 255
     return Image.fromarray((255 * (HEAT * colors + (1 - HEAT) * gray)).round().astype(np.uint8))
 

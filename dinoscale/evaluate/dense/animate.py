@@ -1,0 +1,281 @@
+"""Videos with what networks see beside their frames, as animations: patch features, attention.
+
+Shape letters: T frames of a video, R, C rows and columns of patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from dinoscale.data.sources.clips import Clip, open_clips
+from dinoscale.errors import DataError
+from dinoscale.evaluate.any_size import (
+    SIZE,
+    FittedImages,
+    NamedFolders,
+    WholeImages,
+    save_picture,
+    writing_to,
+)
+from dinoscale.evaluate.dense.attention_files import (
+    heat_overlay,
+    on_scale,
+    report_attention,
+    scale_of,
+)
+from dinoscale.evaluate.dense.attention_maps import attention_maps
+from dinoscale.evaluate.dense.patch_colors import Place, color_patches
+from dinoscale.evaluate.dense.pca import BASIS, report_pca
+from dinoscale.evaluate.dense.side_by_side import (
+    FPS,
+    PANEL,
+    ROWS_DRAWN,
+    SHEET_PANEL,
+    Size,
+    check_fps,
+    draw_table,
+    folders_of,
+    left_out,
+    load_side_by_side,
+    save_animation,
+    titles_of,
+    within,
+)
+from dinoscale.evaluate.frozen_backbone import DEFAULT_LOADING, LoadOptions
+from dinoscale.evaluate.progress import bar_options
+from dinoscale.runtime.outputs import atomic_write
+
+SCALE = "multiples of uniform attention, one for all frames and weights"
+
+Maps = dict[Place, NDArray[Any]]
+Draw = Callable[[Place, Image.Image], list[Image.Image]]
+
+
+def animate_pca(
+    weights_path: str | Path,
+    spec: str,
+    out: str | Path,
+    *,
+    also: Sequence[str | Path] = (),
+    size: int = SIZE,
+    square: bool = False,
+    foreground: bool = False,
+    smooth: bool = False,
+    fps: float | None = None,
+    limit: int | None = None,
+    options: LoadOptions = DEFAULT_LOADING,
+) -> dict[str, object]:
+    """Write videos with the patch features of their frames as colors beside them.
+
+    The basis is over all frames of all videos: equal colors mean the same in every frame. Writes
+    `NAME-pca.webp` of each video and a sheet of some frames; and of each network the basis and
+    `NAME-pca.npz` with `components` (T, R, C, 3), `foreground` (T, R, C), `frames` (T,) their
+    numbers, and `patch`.
+
+    Args:
+        weights_path: any weights file that `load_backbone` reads.
+        spec: videos, see `data.sources.clips.open_clips`. The patches of all frames, two megabytes
+            a frame for ViT-S/16, are in memory together; of pictures one frame is.
+        out: the folder; made if missing. Files of the same names are replaced.
+        also: other weights, in the colors of the first ones, in columns beside them.
+        size: short side in pixels at which the backbone sees the frames.
+        square: squeeze the frames to size x size instead.
+        foreground: as of `color_patches`.
+        smooth: enlarge the colors bilinearly, not by nearest neighbour.
+        fps: frames per second; None takes that of the video if a file states it, else 10.
+        limit: number of frames of each video, the first ones; None takes all.
+        options: which network, and which device.
+
+    Returns:
+        As of `evaluate_pca`; `animations` names the files.
+
+    Raises:
+        CheckpointError: a weights file cannot be used.
+        ConfigError: a setting is out of range, or a backbone has no patches.
+        DataError: there is no video, no frame can be read, or the folder cannot be written.
+        NonFiniteError: a feature is not a finite number.
+    """
+    check_fps(fps)
+    networks = load_side_by_side([weights_path, *also], options, size=size, square=square)
+    videos = _Videos.open(networks, spec, limit=limit)
+    found = color_patches(networks, videos.sets_of, foreground=foreground)
+
+    def draw(place: Place, frame: Image.Image) -> list[Image.Image]:
+        return [colored.picture(place, frame.size, smooth=smooth) for colored in found]
+
+    folder = Path(out)
+    with writing_to(folder):
+        written = videos.write("pca", found[0].places, draw, folder, fps=fps)
+        for colored, own in zip(found, folders_of(networks, folder), strict=True):
+            colored.basis.save(own / BASIS)
+            maps: dict[str, Maps] = {
+                "components": colored.components,
+                "foreground": colored.foregrounds,
+            }
+            videos.save("pca", colored.places, maps, own, patch=colored.network.fit.patch)
+    written |= {"spec": spec, "left_out": left_out(videos.sets_of)}
+    return report_pca(found, foreground=foreground, **written)
+
+
+def animate_attention(
+    weights_path: str | Path,
+    spec: str,
+    out: str | Path,
+    *,
+    also: Sequence[str | Path] = (),
+    size: int = SIZE,
+    square: bool = False,
+    fps: float | None = None,
+    limit: int | None = None,
+    options: LoadOptions = DEFAULT_LOADING,
+) -> dict[str, object]:
+    """Write videos with the attention of the class token, mean over heads, beside their frames.
+
+    Equal colors are equal multiples of uniform attention, in every frame and for all weights, see
+    `scale_of`. Writes `NAME-attention.webp` of each video and a sheet of some frames; and of each
+    network `NAME-attention.npz` with `maps` (T, R, C), means over heads, `frames` (T,) their
+    numbers, and `patch`.
+
+    Args and errors: as of `animate_pca`; only the maps of all frames are in memory together.
+
+    Returns:
+        As of `write_attention`; `animations` names the files.
+    """
+    check_fps(fps)
+    networks = load_side_by_side([weights_path, *also], options, size=size, square=square)
+    videos = _Videos.open(networks, spec, limit=limit)
+    found = [_attend(network, sets) for network, sets in zip(networks, videos.sets_of, strict=True)]
+    places = [place for place in found[0] if all(place in maps for maps in found)]
+    if not places:
+        raise DataError(f"{spec}: there is no frame that all weights can use")
+    high = scale_of([maps[place] for maps in found for place in places])
+
+    def draw(place: Place, frame: Image.Image) -> list[Image.Image]:
+        return [heat_overlay(frame, on_scale(maps[place], high)) for maps in found]
+
+    folder = Path(out)
+    with writing_to(folder):
+        written = videos.write("attention", places, draw, folder, fps=fps)
+        folders = folders_of(networks, folder)
+        for network, maps, own in zip(networks, found, folders, strict=True):
+            videos.save("attention", places, {"maps": maps}, own, patch=network.fit.patch)
+    written |= {"spec": spec, "left_out": left_out(videos.sets_of)}
+    return report_attention(networks, {"scale": SCALE}, **written)
+
+
+def _attend(network: WholeImages, sets: Sequence[FittedImages]) -> Maps:
+    """Attention of each frame, mean over heads, (R, C) float32."""
+    return {
+        (number, frame.number): attention_maps(network.backbone, network.input(frame.image))[0]
+        .mean(dim=0)
+        .numpy()
+        for number, frames in enumerate(sets)
+        for frame in frames  # draws a bar
+    }
+
+
+@dataclass(frozen=True)
+class _Videos:
+    """Videos as several networks see them.
+
+    Attributes:
+        titles: of the columns: the frame, and each network.
+        clips: the videos.
+        sets_of: for each network the frames of each video.
+        progress: draw bars.
+    """
+
+    titles: Sequence[str]
+    clips: Sequence[Clip]
+    sets_of: Sequence[Sequence[FittedImages]]
+    progress: bool
+
+    @classmethod
+    def open(cls, networks: Sequence[WholeImages], spec: str, *, limit: int | None) -> _Videos:
+        """List the frames; arguments and errors as of `animate_pca`."""
+        clips_of = [open_clips(spec, network.decoder) for network in networks]
+        sets_of = [
+            [network.fit_all(clip, limit=limit) for clip in clips]
+            for network, clips in zip(networks, clips_of, strict=True)
+        ]
+        titles = ["frame", *titles_of(networks)]
+        return cls(titles, clips_of[0], sets_of, networks[0].options.progress)
+
+    def write(
+        self, task: str, places: Sequence[Place], draw: Draw, out: Path, *, fps: float | None
+    ) -> dict[str, object]:
+        """Write an animation of each video, and a sheet of frames at equal distances.
+
+        Args:
+            task: its name, which ends the names of the files.
+            places: of the frames.
+            draw: the pictures of a frame, one for each network, at the size of the frame.
+            out: the folder.
+            fps: None takes that of each video.
+
+        Returns:
+            Parts of the report.
+        """
+
+        def table(some: Sequence[Place], panel: Size) -> Image.Image:
+            frames = [self._frame(place, panel) for place in some]
+            rows = [[x, *draw(place, x)] for place, x in zip(some, frames, strict=True)]
+            return draw_table(self.titles, rows, panel[0])
+
+        files = self._files(out, f"{task}.webp")
+        with tqdm(total=len(places), unit="frame", **bar_options(shown=self.progress)) as bar:
+            for number, (file, clip) in enumerate(zip(files, self.clips, strict=True)):
+                own = [place for place in places if place[0] == number]
+                _animate(own, table, self._frame(own[0], PANEL).size, file, fps or clip.fps, bar)
+        few = np.linspace(0, len(places) - 1, min(ROWS_DRAWN, len(places))).round().astype(int)
+        sheet = out / f"{task}-sheet.png"
+        save_picture(table([places[i] for i in few], SHEET_PANEL), sheet)
+        names = {"folder": str(out), "picture": str(sheet), "animations": [str(x) for x in files]}
+        return {"images": len(places), **names}
+
+    def save(
+        self, task: str, places: Sequence[Place], maps: Mapping[str, Maps], out: Path, *, patch: int
+    ) -> None:
+        """Write the maps of the frames of each video by name, their numbers, and the patch size."""
+        for number, file in enumerate(self._files(out, f"{task}.npz")):
+            own = [place for place in places if place[0] == number]
+            arrays = {name: np.stack([of[place] for place in own]) for name, of in maps.items()}
+            about = {"frames": np.array([index for _, index in own]), "patch": np.array(patch)}
+            with atomic_write(file) as beside:
+                np.savez(beside, allow_pickle=False, **arrays, **about)
+
+    def _frame(self, place: Place, largest: Size) -> Image.Image:
+        """A frame as the first network sees it, scaled into a size, RGB."""
+        image = self.sets_of[0][place[0]].read(place[1]).image
+        return image.convert("RGB").resize(within(image.size, largest))
+
+    def _files(self, out: Path, ending: str) -> list[Path]:
+        """A file for each video."""
+        names = NamedFolders(out)
+        return [out / f"{names.name(clip.name)}-{ending}" for clip in self.clips]
+
+
+def _animate(
+    places: Sequence[Place],
+    table: Callable[[Sequence[Place], Size], Image.Image],
+    panel: Size,
+    file: Path,
+    fps: float | None,
+    bar: tqdm[NoReturn],
+) -> None:
+    """Write the animation of one video."""
+    before = bar.n
+
+    def draw(index: int) -> Image.Image:
+        bar.update(max(0, before + index + 1 - bar.n))  # some frames are drawn twice
+        return table(places[index : index + 1], panel)
+
+    save_animation(draw, len(places), file, fps=fps or FPS)

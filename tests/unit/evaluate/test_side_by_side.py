@@ -1,0 +1,269 @@
+"""Several weights in colors that mean the same, and videos as animations."""
+
+from __future__ import annotations
+
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dinoscale import cli
+from dinoscale.convert.weights_file import save_backbone
+from dinoscale.errors import ConfigError, DataError
+from dinoscale.evaluate.dense.animate import animate_attention, animate_pca
+from dinoscale.evaluate.dense.attention_files import on_scale, scale_of, write_attention
+from dinoscale.evaluate.dense.components import fit_basis, resample, turn_to
+from dinoscale.evaluate.dense.pca import BASIS, evaluate_pca
+from dinoscale.evaluate.dense.side_by_side import draw_table, save_animation
+from dinoscale.evaluate.frozen_backbone import LoadOptions
+from dinoscale.evaluate.provenance import input_specs
+from dinoscale.models.zoo import build_backbone
+from tests.unit.evaluate.tiny_files import CARD, SHAPE, as_json, save_picture
+
+OPTIONS = LoadOptions(device="cpu", progress=False)
+SIDE = 32
+
+
+def save_weights(path: Path, *, seed: int, patch: int = 8, embed_dim: int = 64) -> Path:
+    shape = replace(SHAPE, patch_size=patch, embed_dim=embed_dim)
+    torch.manual_seed(seed)
+    save_backbone(path, build_backbone(**vars(shape)).state_dict(), replace(CARD, backbone=shape))
+    return path
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two networks of other widths and patches."""
+    folder = tmp_path_factory.mktemp("weights")
+    return [
+        save_weights(folder / "a.safetensors", seed=1),
+        save_weights(folder / "b.safetensors", seed=2, patch=4, embed_dim=32),
+    ]
+
+
+@pytest.fixture
+def video(tmp_path: Path) -> Path:
+    """Six frames, of which three in turn are equal."""
+    for i in range(6):
+        save_picture(tmp_path / "frames" / f"{i:05d}.png", seed=i % 2, size=(SIDE, SIDE))
+    return tmp_path / "frames"
+
+
+def _animate(weights: list[Path], video: Path, out: Path, **more: Any) -> dict[str, Any]:
+    how = {"also": weights[1:], "size": SIDE, "options": OPTIONS, **more}
+    return as_json(animate_pca(weights[0], str(video), out, **how))
+
+
+def _frames(path: Path) -> list[np.ndarray]:
+    with Image.open(path) as opened:
+        found = []
+        for i in range(opened.n_frames):
+            opened.seek(i)
+            found.append(np.asarray(opened.convert("RGB")).astype(int))
+        return found
+
+
+def test_a_planted_rotation_is_found_and_adds_nothing() -> None:
+    rng = np.random.default_rng(0)
+    target = rng.normal(size=(500, 3)) @ np.diag([9.0, 4.0, 1.0]) + 5
+    uncorrelated = np.linalg.qr(target - target.mean(axis=0))[0] * np.sqrt(len(target))
+    turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    for mirrored in (turn, turn * [-1, 1, 1]):
+        own = (uncorrelated @ mirrored.T).astype(np.float32)
+        mixture, agreement = turn_to(own, uncorrelated.astype(np.float32))
+        assert agreement == pytest.approx(1, abs=1e-6)
+        np.testing.assert_allclose(own @ mixture, uncorrelated, atol=1e-5)
+    noise = rng.normal(size=target.shape).astype(np.float32)
+    mixture, agreement = turn_to(noise, target.astype(np.float32))
+    assert agreement < 0.2  # three components of noise cannot be turned into those of the target
+    rotation = noise.std(axis=0)[:, None] * mixture / target.std(axis=0)
+    np.testing.assert_allclose(rotation @ rotation.T, np.eye(3), atol=1e-6)
+
+
+def test_signs_and_order_of_components_do_not_matter() -> None:
+    """Of the same features in other coordinates, the colors are the same."""
+    rng = np.random.default_rng(1)
+    features = rng.normal(size=(200, 6)).astype(np.float32) * np.arange(1, 7, dtype=np.float32)
+    coordinates = np.linalg.qr(rng.normal(size=(6, 6)))[0].astype(np.float32)
+    first, second = (fit_basis([x]).project(x) for x in (features, -features @ coordinates))
+    mixture, agreement = turn_to(second[:, [2, 0, 1]], first)
+    assert agreement == pytest.approx(1, abs=1e-5)
+    np.testing.assert_allclose(second[:, [2, 0, 1]] @ mixture, first, atol=1e-3)
+
+
+def test_grids_meet_where_their_patches_lie_in_the_image() -> None:
+    """A ramp over pixels is the same ramp on any grid; both begin at the upper left corner."""
+    rows, columns = np.meshgrid(4 * np.arange(9) + 2, 4 * np.arange(7) + 2, indexing="ij")
+    fine = np.stack([rows, columns], axis=-1).astype(np.float32)  # centers of patches of 4
+    coarse = resample(fine, 4, grid=(4, 3), to_patch=8)
+    assert coarse[:, 0, 0].tolist() == [4, 12, 20, 28]
+    assert coarse[0, :, 1].tolist() == [4, 12, 20]
+    assert np.array_equal(resample(fine, 4, grid=(9, 7), to_patch=4, mode="nearest"), fine)
+
+
+def test_weights_stand_side_by_side_in_colors_of_the_first(
+    tmp_path: Path, weights: list[Path]
+) -> None:
+    for i in range(3):
+        save_picture(tmp_path / "in" / f"{i}.png", seed=i, size=(40, 48))
+    how = {"size": SIDE, "options": OPTIONS, "foreground": True}
+    alone = evaluate_pca(weights[0], str(tmp_path / "in"), tmp_path / "alone", **how)
+    copy = weights[0].with_name("copy.safetensors")
+    copy.write_bytes(weights[0].read_bytes())
+    also = [copy, weights[1]]
+    report = as_json(
+        evaluate_pca(weights[0], str(tmp_path / "in"), tmp_path / "out", also=also, **how)
+    )
+    same, other = report.pop("also")
+    assert report["score"] == alone["score"]
+    assert same["agreement"] == pytest.approx(1, abs=1e-6)
+    assert 0 < other["agreement"] < 0.99
+    files = [tmp_path / "alone"] + [
+        tmp_path / "out" / name for name in ("1-a.safetensors", "2-copy.safetensors")
+    ]
+    one, first, second = (np.asarray(Image.open(folder / "1" / "pca.png")) for folder in files)
+    assert np.array_equal(one, first)  # the first weights look as alone
+    assert np.abs(second.astype(int) - first).max() <= 1  # of rounding
+    for name, patch in (("1-a.safetensors", 8), ("3-b.safetensors", 4)):
+        _require_one_scale(tmp_path / "out" / name, patch)
+    assert np.load(tmp_path / "out" / "3-b.safetensors" / BASIS)["components"].shape == (3, 32)
+    sheet = Image.open(tmp_path / "out" / "pca-sheet.png")
+    assert sheet.size == (4 * 320 + 3 * 4, 20 + 3 * 244 - 4)
+
+
+def _require_one_scale(folder: Path, patch: int) -> None:
+    """Over all images together, a larger component is never darker."""
+    components, colors = [], []
+    for image in "012":
+        raw = np.load(folder / image / "pca.npz")
+        with Image.open(folder / image / "pca.png") as picture:
+            patches = np.asarray(picture)[::patch, ::patch]
+        assert (patches[~raw["foreground"]] == 0).all()
+        components.append(raw["components"][raw["foreground"]])
+        colors.append(patches[raw["foreground"]].astype(int))
+    order = np.concatenate(components).argsort(axis=0)
+    rising = np.take_along_axis(np.concatenate(colors), order, axis=0)
+    assert (np.diff(rising, axis=0) >= 0).all()
+
+
+def test_an_animation_has_all_frames_and_equal_colors_of_equal_frames(
+    tmp_path: Path, weights: list[Path], video: Path
+) -> None:
+    report = _animate(weights, video, tmp_path / "out", fps=4)
+    (file,) = report["animations"]
+    assert file == str(tmp_path / "out" / "frames-pca.webp")
+    assert (report["images"], report["left_out"]) == (6, [])
+    frames = _frames(Path(file))
+    assert len(frames) == 6
+    assert frames[0].shape == (20 + 240, 3 * 244 - 4, 3)
+    with Image.open(file) as opened:
+        opened.load()
+        assert opened.info["duration"] == 250
+    raw = np.load(tmp_path / "out" / "2-b.safetensors" / "frames-pca.npz")
+    assert raw["components"].shape == (6, 8, 8, 3)
+    for i in range(2, 6):
+        assert np.array_equal(raw["components"][i], raw["components"][i - 2])
+        # Lossy, and differently after other frames.
+        assert np.abs(frames[i] - frames[i - 2]).mean() < 0.2 * np.abs(frames[1] - frames[0]).mean()
+    again = _animate(weights, video, tmp_path / "again", fps=4)
+    assert Path(again["animations"][0]).read_bytes() == Path(file).read_bytes()
+
+
+def test_attention_of_all_weights_is_on_one_scale(
+    tmp_path: Path, weights: list[Path], video: Path
+) -> None:
+    how = {"also": weights[1:], "size": SIDE, "options": OPTIONS}
+    report = as_json(animate_attention(weights[0], str(video), tmp_path / "out", **how))
+    (file,) = report["animations"]
+    assert len(_frames(Path(file))) == 6
+    assert [of["weights"] for of in report["also"]] == [str(weights[1])]
+    maps = np.load(tmp_path / "out" / "1-a.safetensors" / "frames-attention.npz")["maps"]
+    assert maps.shape == (6, 4, 4)
+    assert (maps[0] == maps[2]).all()
+    flat, peaked = np.full((2, 2), 0.1, np.float32), np.array([[1, 1], [1, 5]], np.float32)
+    high = scale_of([flat, flat, peaked])
+    assert 1 < high < 5 / 2
+    np.testing.assert_allclose(on_scale(flat, high), on_scale(3 * flat, high), rtol=1e-6)
+    assert (on_scale(flat, high) > on_scale(peaked, high)[0, 0]).all()
+    write_attention(weights[0], str(video), tmp_path / "images", limit=2, **how)
+    sheet = Image.open(tmp_path / "images" / "attention-sheet.png")
+    assert sheet.size == (3 * 324 - 4, 20 + 2 * 244 - 4)
+    assert (tmp_path / "images" / "2-b.safetensors" / "00001" / "attn-mean.png").exists()
+
+
+def test_files_and_tars_are_videos_too(tmp_path: Path, weights: list[Path], video: Path) -> None:
+    frames = [Image.open(path) for path in sorted(video.iterdir())]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:4], duration=40)
+    frames[0].save(tmp_path / "one.png")
+    with tarfile.open(tmp_path / "two.tar", "w") as tar:
+        for number, path in enumerate([*sorted(video.iterdir())[:4]]):
+            tar.add(path, f"s{number // 2}/{number:05d}.png")
+    counts = {"x.gif": [4], "one.png": [1], "two.tar": [2, 2]}
+    for name, expected in counts.items():
+        report = _animate(weights[:1], tmp_path / name, tmp_path / "out" / name)
+        assert [len(_frames(Path(file))) for file in report["animations"]] == expected
+    with Image.open(tmp_path / "out" / "x.gif" / "x-pca.webp") as opened:
+        opened.load()
+        assert opened.info["duration"] == 40
+
+
+def test_damaged_frames_and_those_of_another_size_are_left_out(
+    tmp_path: Path, weights: list[Path], video: Path
+) -> None:
+    (video / "00002.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    save_picture(video / "00003.png", seed=0, size=(SIDE, 2 * SIDE))
+    report = _animate(weights, video, tmp_path / "out")
+    damaged, other = report["left_out"]
+    assert "00002.png" in damaged
+    assert "00003.png: has 32 x 64 pixels, the frames before it 32 x 32" in other
+    assert len(_frames(Path(report["animations"][0]))) == 4
+    raw = np.load(tmp_path / "out" / "1-a.safetensors" / "frames-pca.npz")
+    assert raw["frames"].tolist() == [0, 1, 4, 5]
+
+
+def test_what_is_no_video_is_refused(tmp_path: Path, weights: list[Path]) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no videos"):
+        _animate(weights, tmp_path / "empty", tmp_path / "out")
+    (tmp_path / "a b.mp4").write_bytes(b"\0\0\0\x20ftypisom" + bytes(99))
+    with pytest.raises(DataError, match=r"MP4 family.*ffmpeg -i '.*a b\.mp4' frames/%05d\.png"):
+        _animate(weights, tmp_path / "a b.mp4", tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"fps: .* got 0"):
+        _animate(weights, tmp_path, tmp_path / "out", fps=0)
+    with pytest.raises(ConfigError, match=r"a\.safetensors is given twice"):
+        _animate([weights[0], weights[0]], tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    nothing = str(tmp_path / "nothing")
+    for more, says in (
+        (["--out", "x", "--fps", "3"], "--fps has a meaning with --video only"),
+        (["x.png", "--also", str(weights[1])], "--also needs a folder"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            cli.run(["evaluate", "attention", str(weights[0]), nothing, *more])
+
+
+def test_other_weights_are_inputs_of_the_report() -> None:
+    options = {
+        "weights": "a",
+        "images": "in",
+        "also": ["b", "c"],
+        "out": "out",
+        "network": "teacher",
+    }
+    assert input_specs(options) == {"weights": "a", "images": "in", "also.0": "b", "also.1": "c"}
+
+
+def test_long_titles_are_cut_at_their_start(tmp_path: Path) -> None:
+    table = draw_table(["short", "x" * 500], [[Image.new("RGB", (9, 9), "red")] * 2], 40)
+    assert table.size == (84, 29)
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "red", "blue")]
+    save_animation(lambda i: frames[i], 3, tmp_path / "x.webp", fps=10)
+    assert len(_frames(tmp_path / "x.webp")) == 2  # equal ones are one, shown longer
+    with Image.open(tmp_path / "x.webp") as opened:
+        opened.load()
+        assert opened.info["duration"] == 200
