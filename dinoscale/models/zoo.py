@@ -143,8 +143,8 @@ def build_backbone(
     }
     ensure_torchvision()
     if match := _CONVNET.fullmatch(name):
-        of_vits = {"position_resize": position_resize, "mask_token": mask_token or None}
-        of_vits |= {**sizes, **layers, "norm_eps": None, "local_norm": local_norm}
+        of_vits: dict[str, object] = {"position_resize": position_resize, **sizes, **layers}
+        of_vits |= {"mask_token": mask_token or None, "norm_eps": None, "local_norm": local_norm}
         _require_none(of_vits, name=match[1])
         return _convnet(match[1], in_chans=in_chans)
     chosen = Layers(**layers).over(own_layers(name))
