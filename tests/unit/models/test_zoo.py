@@ -210,7 +210,7 @@ def test_a_model_with_layer_scale_starts_as_dinov2s() -> None:
         ("hf-hub:somebody/vit", "unknown model"),
         ("vit_huge_patch99_224", "unknown model"),
         ("eva02_tiny_patch14_224", "family 'eva', not a plain ViT"),
-        ("resnet18", "family 'resnet', not a plain ViT"),
+        ("resnet26", "family 'resnet', not a plain ViT"),
         ("vit_small_patch16_224.nope", r"Invalid pretrained tag \(nope\)"),
         ("vit_base_patch16_gap_224", "cannot build .* as a ViT with a class token"),
         ("deit_tiny_distilled_patch16_224", "VisionTransformerDistilled"),
