@@ -307,6 +307,11 @@ class RunConfig(Section):
                 zero_stage=self.engine.zero_stage,
             ),
             *self._replaced_settings(),
+            *self.distill.stored_mistakes(
+                gram=self.gram.loss_weight > 0,
+                micro_batch=self.train.micro_batch_size,
+                rollbacks=self.train.max_rollbacks,
+            ),
             *self.guard.mistakes(
                 images=self.guarded_images,
                 labelled=self.eval.train is not None,

@@ -14,13 +14,14 @@ from dinoscale.config.sections.training import CurveConfig
 from dinoscale.engine.frozen.features import FeatureTeacher
 from dinoscale.engine.frozen.gram import GramNetwork, crop_size_of
 from dinoscale.engine.frozen.network import FrozenBackbone
+from dinoscale.engine.frozen.stored import StoredFeatures, StoredHeads
 from dinoscale.engine.frozen.teacher import DistillingNetwork, FrozenTeacher
 from dinoscale.engine.initialization import Write, build_on_meta
 from dinoscale.engine.micro_batch import LossWeights
 from dinoscale.engine.param_groups import trained_names
 from dinoscale.engine.schedules import Curve, Schedules
 from dinoscale.engine.student import Student, gather_whole_blocks
-from dinoscale.engine.teacher import Teacher
+from dinoscale.engine.teacher import Frozen, Teacher
 from dinoscale.errors import ConfigError
 from dinoscale.models.block import add_adapters
 from dinoscale.models.convnet import ConvNet
@@ -257,11 +258,11 @@ def build_pair(
         _set_drop_path(anchor_network.backbone, config)  # as the student's, see frozen/anchor.py
         anchor = FrozenBackbone(anchor_network, student, config, plan)
         anchor.take(student.master)
-    frozen: FrozenTeacher[Any] | None = None
-    if isinstance(frozen_network, FeatureNetwork):
-        frozen = FeatureTeacher(frozen_network, config, plan, student.compute_dtype)
-    elif frozen_network is not None:
-        frozen = FrozenTeacher(frozen_network, config, plan, student.compute_dtype)
+    frozen: Frozen | None = None
+    if frozen_network is not None:
+        frozen = _frozen_teacher(frozen_network, config, plan, student.compute_dtype)
+    elif config.distill.targets is not None:
+        frozen = _stored_teacher(config, student.compute_dtype)
     return student, Teacher(teacher_network, student, config, plan, gram, anchor, frozen)
 
 
@@ -275,6 +276,35 @@ def _frozen_network(config: RunConfig) -> DistillingNetwork | FeatureNetwork:
     return DistillingNetwork(
         _build_network(config.of_teacher), patch_size=config.model.effective_patch_size
     )
+
+
+def _frozen_teacher(
+    network: DistillingNetwork | FeatureNetwork,
+    config: RunConfig,
+    plan: RunPlan,
+    dtype: torch.dtype,
+) -> FrozenTeacher[Any]:
+    if isinstance(network, FeatureNetwork):
+        return FeatureTeacher(network, config, plan, dtype)
+    return FrozenTeacher(network, config, plan, dtype)
+
+
+def _stored_teacher(config: RunConfig, dtype: torch.dtype) -> StoredHeads | StoredFeatures:
+    """What a run keeps of a frozen teacher whose outputs are stored."""
+    if config.distill.by_features:
+        return StoredFeatures()
+    return StoredHeads(shapes_only(config.of_teacher), dtype)
+
+
+def build_frozen_teacher(config: RunConfig, plan: RunPlan) -> FrozenTeacher[Any]:
+    """The frozen teacher of a run without the run's own networks, all weights zero; collective."""
+    with torch.device("meta"):
+        network = _frozen_network(config)
+    _compile_blocks((None, None, None, None, network), config, plan)
+    if config.engine.zero_stage == 3:
+        gather_whole_blocks(network)
+    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+    return _frozen_teacher(network, config, plan, dtype)
 
 
 def _token_network(config: RunConfig) -> TokenNetwork:

@@ -16,7 +16,7 @@ Source: Caron et al. 2021 (arXiv:2104.14294); Oquab et al. 2023 (arXiv:2304.0719
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,20 @@ from dinoscale.losses.gram import Negatives, gram_loss
 from dinoscale.losses.ibot import PatchTargets, patch_loss_of_prototypes
 from dinoscale.losses.koleo import koleo_loss
 from dinoscale.runtime import distributed
+
+
+class StoredTargets(NamedTuple):
+    """What a frozen teacher found in the global crops of a micro-batch before the run.
+
+    Attributes:
+        classes: of heads the unit vectors of class tokens, (2 * B, bottleneck) float32; without
+            them class features (2 * B, D').
+        patches: of heads those of the chosen patches (M, bottleneck); without them all patch
+            features on the student's grid (2 * B, P, D'); None where they do not count.
+    """
+
+    classes: Tensor
+    patches: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,7 @@ class MicroBatch:
             local crops, or None.
         gram_crops: what the Gram network sees in place of the global crops, float32
             (2, B, C, G, G), or None.
+        stored: what a frozen teacher found in them before the run, or None.
     """
 
     global_crops: Tensor
@@ -52,6 +67,7 @@ class MicroBatch:
     masks: Masks | None = None
     coordinates: Tensor | None = None
     gram_crops: Tensor | None = None
+    stored: StoredTargets | None = None
 
 
 @dataclass(frozen=True)

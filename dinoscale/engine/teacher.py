@@ -15,7 +15,7 @@ An EMA in bf16 would not move: (1 - m)(s - t) is below half a bf16 ulp of t for 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from dinoscale.engine.frozen.anchor import anchor_targets
 from dinoscale.engine.frozen.features import FeatureTeacher
 from dinoscale.engine.frozen.gram import GramNetwork
 from dinoscale.engine.frozen.network import FrozenBackbone
+from dinoscale.engine.frozen.seen import Projected, Seen
+from dinoscale.engine.frozen.stored import StoredFeatures, StoredHeads
 from dinoscale.engine.frozen.teacher import FrozenTeacher
 from dinoscale.engine.frozen.weights import Partitioned, Replicated
 from dinoscale.engine.gradients import compute_device
@@ -41,66 +43,10 @@ from dinoscale.models.network import DinoNetwork
 from dinoscale.runtime import distributed
 from dinoscale.runtime.float32 import tensor_cores
 
-
-class _Projected(NamedTuple):
-    """Unit vectors and the prototypes that they meet; targets are a softmax of their products."""
-
-    units: Tensor  # (N, D)
-    weight_v: Tensor  # (K, D)
-    weight_g: Tensor | None  # (K, 1)
-    plain: bool
+Frozen = FrozenTeacher[Any] | StoredHeads | StoredFeatures
 
 
-class _Seen:
-    """What the teacher's network computes of a micro-batch, see `models.network.Objective`."""
-
-    wants_patches = wants_features = False
-    classes: _Projected
-    patches: _Projected | None = None
-
-    def __init__(self, *, copies: bool, earlier: "_Seen | None" = None) -> None:
-        """Take what is seen next.
-
-        Args:
-            copies: of the prototypes, which are there during the forward only.
-            earlier: of the same step and weights, whose copies serve again.
-        """
-        self._copies, self._earlier = copies, earlier
-
-    def of_class_tokens(self, tokens: Tensor) -> None:
-        """Nothing: the targets are those of the heads."""
-
-    def of_patches(self, tokens: Tensor) -> Tensor:
-        """Nothing: not wanted."""
-        raise NotImplementedError
-
-    def of_features(self, classes: Tensor | None, patches: Tensor | None) -> Tensor:
-        """Nothing: not wanted."""
-        raise NotImplementedError
-
-    def of_prototypes(
-        self,
-        classes: Tensor | None,
-        patches: Tensor | None,
-        weight_v: Tensor,
-        weight_g: Tensor | None,
-        plain: bool = False,
-    ) -> Tensor:
-        """Keep them; the result is not used."""
-        if self._earlier is not None:
-            same = self._earlier.patches if classes is None else self._earlier.classes
-            assert same is not None
-            _, weight_v, weight_g, _ = same
-        elif self._copies:
-            weight_v, weight_g = weight_v.clone(), None if weight_g is None else weight_g.clone()
-        if classes is not None:
-            self.classes = _Projected(classes, weight_v, weight_g, plain)
-        if patches is not None:
-            self.patches = _Projected(patches, weight_v, weight_g, plain)
-        return weight_v.new_zeros(())
-
-
-class _ClassTokens(_Seen):
+class _ClassTokens(Seen):
     """Those of a forward, before the heads."""
 
     tokens: Tensor  # (N, D) float32
@@ -157,7 +103,7 @@ class Teacher:
         plan: RunPlan,
         gram: GramNetwork | None = None,
         anchor: FrozenBackbone | None = None,
-        frozen: FrozenTeacher[Any] | None = None,
+        frozen: Frozen | None = None,
     ) -> None:
         """Start as a copy of the student.
 
@@ -168,10 +114,16 @@ class Teacher:
             plan: of the run.
             gram: an earlier teacher, which the average refreshes.
             anchor: the network as the run began, which nothing changes.
-            frozen: the network of another run, which gives the targets, or features to follow.
+            frozen: the network of another run, which gives the targets, or features to follow; or
+                what is stored of it.
         """
         self.gram, self.anchor, self.frozen = gram, anchor, frozen
-        self._features = frozen if isinstance(frozen, FeatureTeacher) else None
+        self._features: FeatureTeacher | StoredFeatures | None = None
+        self._heads: FrozenTeacher[Any] | StoredHeads | None = None
+        if isinstance(frozen, FeatureTeacher | StoredFeatures):
+            self._features = frozen
+        else:
+            self._heads = frozen
         # A rank without a fragment has shards all the same, on the student's device.
         students = (*student.flats, *student.master)
         device = students[0].device if students else compute_device()
@@ -192,7 +144,7 @@ class Teacher:
             head = config.patch_head or config.head
             self.patch_center = torch.zeros(head.num_prototypes, device=compute_device())
             self.mean_patch_target = torch.zeros_like(self.patch_center)
-        self._seen: deque[_Seen] = deque()
+        self._seen: deque[Seen] = deque()
         self._reset_sums()
         network.requires_grad_(False)
         self.deepspeed_config: dict[str, Any] | None = None
@@ -283,19 +235,20 @@ class Teacher:
         if target_sum is not None:
             self._patch_sums.targets += target_sum
 
-    def _look(self, batch: MicroBatch, earlier: _Seen | None = None) -> _Seen:
+    def _look(self, batch: MicroBatch, earlier: Seen | None = None) -> Seen:
         """What the network whose heads give the targets makes of a micro-batch."""
-        images = batch.global_crops.flatten(0, 1).to(self._compute_dtype)
-        copies = isinstance(self._weights, Partitioned)
-        seen = _Seen(copies=copies, earlier=earlier)
-        rows = None if batch.masks is None else batch.masks.rows
-        frozen = None if self._features is not None else self.frozen
-        network = self._weights if frozen is None else frozen
-        with tensor_cores(self._compute_dtype, images.device):
-            network.forward([images], None, seen, None, rows)
-            if frozen is not None and self.buffers():
-                # Not asked, but its statistics of batch norm follow the images all the same.
-                self._weights.forward([images], None, _Seen(copies=False), None, rows)
+        frozen = self._heads
+        gathered = isinstance(self._weights, Partitioned) and not isinstance(frozen, StoredHeads)
+        seen = Seen(copies=gathered, earlier=earlier)
+        if frozen is not None:
+            frozen.look(batch, seen)
+        if frozen is None or self.buffers():
+            # Not asked, its statistics of batch norm follow the images all the same.
+            images = batch.global_crops.flatten(0, 1).to(self._compute_dtype)
+            rows = None if batch.masks is None else batch.masks.rows
+            own = seen if frozen is None else Seen(copies=False)
+            with tensor_cores(self._compute_dtype, images.device):
+                self._weights.forward([images], None, own, None, rows)
         return seen
 
     @torch.no_grad()
@@ -426,7 +379,7 @@ class Teacher:
         return shards + self._weights.num_bytes() + sum(n.num_bytes() for n in frozen if n)
 
 
-def _sinkhorn_center(seen: Iterable[_Projected], temp: float) -> Tensor:
+def _sinkhorn_center(seen: Iterable[Projected], temp: float) -> Tensor:
     """C of all micro-batches and ranks, (K,) float32."""
     projected = list(seen)
     return sinkhorn_center(

@@ -38,6 +38,12 @@ class DistillConfig(Section):
         "`evaluate` reads; null: none. They are read at every start, "
         "stay out of the checkpoints, and have to be the same when a run resumes.",
     )
+    targets: PathText | None = Field(
+        default=None,
+        description="In place of teacher: the folder of `dinoscale embed --targets`, which holds "
+        "its outputs for every step of a run with the same seed, images, crops and batch size; "
+        "the teacher is not read, and takes no memory. [D].",
+    )
     model: ModelConfig | None = Field(
         default=None,
         description="Its backbone; null: as the student's. What acts in training only, such as "
@@ -72,6 +78,11 @@ class DistillConfig(Section):
     )
 
     @property
+    def is_given(self) -> bool:
+        """Whether a frozen teacher, itself or by its stored outputs, gives anything to learn."""
+        return self.teacher is not None or self.targets is not None
+
+    @property
     def by_features(self) -> bool:
         """Whether features of a frozen teacher are learned."""
         return bool(self.feature_weights)
@@ -83,6 +94,15 @@ class DistillConfig(Section):
         return [f"distill.{key}" for key in keys if getattr(self, key)]
 
     @model_validator(mode="after")
+    def _teacher_or_targets(self) -> "DistillConfig":
+        if self.teacher is not None and self.targets is not None:
+            raise ValueError(
+                f"targets: {self.targets} stands in place of distill.teacher={self.teacher}; set "
+                "one of them to null"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _patch_head_is_beside_a_head(self) -> "DistillConfig":
         if self.patch_head is not None and self.head is None:
             raise ValueError("patch_head: is beside a head of distill; give distill.head too")
@@ -91,7 +111,7 @@ class DistillConfig(Section):
     @property
     def by_heads(self) -> bool:
         """Whether the outputs of a frozen teacher's heads are the targets."""
-        return self.teacher is not None and not self.by_features
+        return self.is_given and not self.by_features
 
     def heads_beside(
         self, head: HeadConfig, patch_head: HeadConfig | None
@@ -110,7 +130,7 @@ class DistillConfig(Section):
             sizes: of the global crops in pixels.
             others: settings that are not 0, of other networks beside the student.
         """
-        if self.teacher is None:
+        if not self.is_given:
             return [
                 f"distill.{key}: is of a frozen teacher; give distill.teacher, or leave it out"
                 for key in ("model", "head", "patch_head")
@@ -120,8 +140,8 @@ class DistillConfig(Section):
             *self._teacher_mistakes(sizes, teaches_patches="patch_head" in heads),
             *self._head_mistakes(heads),
             *(
-                f"{key}: its network is an earlier one of this run, and with distill.teacher the "
-                "student learns from another; need 0.0"
+                f"{key}: its network is an earlier one of this run, and with distill.teacher or "
+                "distill.targets the student learns from another; need 0.0"
                 for key in others
             ),
         ]
@@ -143,7 +163,7 @@ class DistillConfig(Section):
             alone_with_local: local crops of a run whose other terms have no use for them.
         """
         keys, teacher = self.feature_weights, self.model or model
-        if self.teacher is None:
+        if not self.is_given:
             text = "there is nothing to follow; give distill.teacher, or set it to 0.0"
             return [f"{key}: {text}" for key in keys]
         mistakes = [
@@ -176,6 +196,34 @@ class DistillConfig(Section):
             for size in sizes:
                 of_size = not_whole_patches({"crops.global_size": size}, patch)
                 mistakes += [f"{text} (of the frozen teacher)" for text in of_size]
+        return mistakes
+
+    def stored_mistakes(self, *, gram: bool, micro_batch: int | str, rollbacks: int) -> list[str]:
+        """What does not go with targets that are stored.
+
+        Args:
+            gram: whether there is a Gram loss.
+            micro_batch: `train.micro_batch_size`.
+            rollbacks: `train.max_rollbacks`.
+        """
+        if self.targets is None:
+            return []
+        mistakes = []
+        if gram:  # for its crops a picture may be decoded larger, which changes the others
+            mistakes.append(
+                "gram.loss_weight: distill.targets are of crops that are cut without those of a "
+                "Gram network; need 0.0, or distill.teacher"
+            )
+        if micro_batch == "auto":
+            mistakes.append(
+                "train.micro_batch_size: auto tries sizes on images that distill.targets do not "
+                "hold; give a number"
+            )
+        if rollbacks:
+            mistakes.append(
+                f"train.max_rollbacks: {rollbacks} would skip images, and distill.targets hold "
+                "those of each step; need 0"
+            )
         return mistakes
 
     def _teacher_mistakes(self, sizes: Sequence[int], *, teaches_patches: bool) -> list[str]:

@@ -26,7 +26,7 @@ class FeatureTeacher(FrozenTeacher[FeatureNetwork]):
     ) -> None:
         """Allocate the weights, all zero; arguments as of `FrozenTeacher`."""
         super().__init__(network, config, plan, dtype)
-        self._dtype, self._patch_size = dtype, config.model.effective_patch_size
+        self._patch_size = config.model.effective_patch_size
 
     @torch.no_grad()
     def targets(self, batch: MicroBatch) -> FeatureTargets:

@@ -18,12 +18,15 @@ from torch import Tensor, nn
 from dinoscale.config.resolve import RunPlan
 from dinoscale.config.schema import RunConfig
 from dinoscale.engine.ds_config import teacher_config
+from dinoscale.engine.frozen.seen import Seen
 from dinoscale.engine.frozen.weights import Partitioned
+from dinoscale.engine.micro_batch import MicroBatch
 from dinoscale.engine.shards import Layout
 from dinoscale.engine.student import materialize
 from dinoscale.losses.patch_grid import resized
 from dinoscale.models.network import DinoNetwork, Objective
 from dinoscale.runtime import distributed
+from dinoscale.runtime.float32 import tensor_cores
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -84,6 +87,7 @@ class FrozenTeacher(Generic[Network]):
             dtype: of the weights.
         """
         self.identity: str | None = None
+        self._dtype = dtype
         network.requires_grad_(False).eval()
         self._shapes = {name: value.shape for name, value in network.named_parameters()}
         self._partitioned: Partitioned[Network] | None = None
@@ -103,6 +107,13 @@ class FrozenTeacher(Generic[Network]):
         """The network's result; collective at stage 3."""
         forward = self._network if self._partitioned is None else self._partitioned.forward
         return forward(*inputs)
+
+    def look(self, batch: MicroBatch, seen: Seen) -> None:
+        """Show what its heads make of a micro-batch; collective at stage 3."""
+        images = batch.global_crops.flatten(0, 1).to(self._dtype)
+        rows = None if batch.masks is None else batch.masks.rows
+        with tensor_cores(self._dtype, images.device):
+            self.forward([images], None, seen, None, rows)
 
     def _own(self, name: str) -> tuple[int, Tensor]:
         """First element of a parameter that this rank holds, and what it holds, maybe padded."""

@@ -2,14 +2,14 @@
 
 import torch
 
-from dinoscale.engine.teacher import _Seen
+from dinoscale.engine.frozen.seen import Seen
 
 
 def test_prototypes_are_copied_once_a_step_and_head() -> None:
     weight_v, patch_weight_v = torch.rand(7, 4), torch.rand(5, 4)
     x, y = torch.rand(3, 4), torch.rand(2, 4)
-    first = _Seen(copies=True)
-    second = _Seen(copies=True, earlier=first)
+    first = Seen(copies=True)
+    second = Seen(copies=True, earlier=first)
     for seen in (first, second):
         seen.of_prototypes(x, None, weight_v, None)
         seen.of_prototypes(None, y, patch_weight_v, None)

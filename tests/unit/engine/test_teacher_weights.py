@@ -2,9 +2,9 @@
 
 import torch
 
+from dinoscale.engine.frozen.seen import Seen
 from dinoscale.engine.frozen.weights import Replicated
 from dinoscale.engine.shards import end_to_end
-from dinoscale.engine.teacher import _Seen
 from dinoscale.models.heads import DinoHead
 from dinoscale.models.network import DinoNetwork
 from dinoscale.models.zoo import build_backbone
@@ -32,10 +32,10 @@ def test_weights_are_bf16_and_statistics_of_batch_norm_float32() -> None:
 
 
 def test_micro_batches_share_one_copy_of_gathered_prototypes() -> None:
-    units, seen = torch.ones(2, 3), list[_Seen]()
+    units, seen = torch.ones(2, 3), list[Seen]()
     for _ in range(3):
         of_classes, of_patches = torch.ones(4, 3), torch.full((5, 3), 2.0)
-        seen.append(_Seen(copies=True, earlier=seen[0] if seen else None))
+        seen.append(Seen(copies=True, earlier=seen[0] if seen else None))
         seen[-1].of_prototypes(units, None, of_classes, torch.ones(4, 1))
         seen[-1].of_prototypes(None, units, of_patches, None)
         of_classes.zero_()  # ZeRO releases them after the forward
