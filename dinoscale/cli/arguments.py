@@ -25,10 +25,11 @@ def add_config(command: argparse.ArgumentParser, *, required: bool = True) -> No
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help=_OVERRIDE_HELP)
 
 
-def add_weights(command: argparse.ArgumentParser) -> None:
+def add_weights(command: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Add WEIGHTS, and which network of them."""
     command.add_argument(
         "weights",
+        nargs=None if required else "?",
         metavar="WEIGHTS",
         help="run directory, checkpoint, file of `dinoscale convert`, DINO's .pth, or a folder of"
         " timm or Hugging Face",

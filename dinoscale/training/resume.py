@@ -254,7 +254,7 @@ def keep_micro_batch(checkpoint: Checkpoint, config: RunConfig, *, world_size: i
     if saved in micro_batch_sizes(config, world_size=world_size):
         return with_micro_batch(config, saved)
     share = config.train.batch_size // world_size
-    if _order_of_stream(checkpoint.state["config"], plan):
+    if order_of_stream(checkpoint.state["config"], plan):
         raise ConfigError(
             f"train.micro_batch_size: it was {saved} when {path} was saved, and the order of"
             f" streamed shards depends on it, but it does not divide the {share} images per step of"
@@ -289,8 +289,8 @@ def require_same_run(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) -
         "the number of images of each source": (saved_plan.get("source_sizes"), plan.source_sizes),
         "the number drawn from each source an epoch": (saved_plan.get("quotas"), plan.quotas),
     }
-    streamed = _order_of_stream(saved_config, saved_plan)
-    streamed_now = _order_of_stream(config.model_dump(mode="json"), asdict(plan))
+    streamed = order_of_stream(saved_config, saved_plan)
+    streamed_now = order_of_stream(config.model_dump(mode="json"), asdict(plan))
     for name in {**streamed, **streamed_now}:
         pairs[name] = streamed.get(name), streamed_now.get(name)
     for name, (then, now) in pairs.items():
@@ -406,7 +406,7 @@ def koleo_caution(config: RunConfig, plan: RunPlan, then: Mapping[str, Any] | No
     )
 
 
-def _order_of_stream(config: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
+def order_of_stream(config: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
     """Further values that the order of streamed shards depends on; empty for other images."""
     train = config["data"]["train"]
     specs = [train] if isinstance(train, str) else [part["source"] for part in train or ()]

@@ -27,7 +27,7 @@ Record = dict[str, Any]  # JSON of a shard
 
 
 class FeatureFolder:
-    """A folder of features.
+    """A folder of features, or of anything else that is written shard by shard.
 
     Attributes:
         settings: all that they depend on, JSON; empty before `begin`.
@@ -36,10 +36,22 @@ class FeatureFolder:
     Args:
         path: of the folder.
         num_shards: in how many shards the set is written.
+        form: what the manifest says of the format.
+        holds: what the folder holds, in messages.
+        repairs: whether a finished folder that has lost an array is made unfinished; else refused.
     """
 
-    def __init__(self, path: Path, *, num_shards: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        num_shards: int,
+        form: str = FORMAT,
+        holds: str = "features",
+        repairs: bool = False,
+    ) -> None:
         self.path, self.num_shards = path, num_shards
+        self._form, self._holds, self._repairs = form, holds, repairs
         self.settings: Mapping[str, Any] = {}
         self._lock: IO[str] | None = None
 
@@ -63,16 +75,19 @@ class FeatureFolder:
             )
         if changed := [] if kept is None else differences(kept, settings):
             raise OutputError(
-                f"{self.path} holds other features: {_said(changed, kept, settings)}. Choose"
+                f"{self.path} holds other {self._holds}: {said(changed, kept, settings)}. Choose"
                 " another folder, or remove this one"
             )
         self._lock = try_lock(self.path / LOCK)
         if self._lock is None:
-            raise OutputError(f"{self.path}: another process is writing features there")
+            raise OutputError(f"{self.path}: another process is writing {self._holds} there")
         if (manifest := self.manifest()) is not None:
-            self._require_arrays(manifest["shards"])
-            self._clean()  # it may have ended before
-            return []
+            if self._repairs and any(map(self._changed_array, manifest["shards"])):
+                self._reopen(manifest["shards"])
+            else:
+                self._require_arrays(manifest["shards"])
+                self._clean()  # it may have ended before
+                return []
         _write(self.path / UNFINISHED, [json.dumps(settings)])
         return [shard for shard in range(self.num_shards) if not self._is_whole(shard)]
 
@@ -132,11 +147,18 @@ class FeatureFolder:
         """What the folder was begun with; None if it was not begun by this command."""
         with contextlib.suppress(OSError, ValueError):
             loaded = json.loads((self.path / MANIFEST).read_bytes())
-            is_ours = isinstance(loaded, dict) and loaded.get("format") == FORMAT
+            is_ours = isinstance(loaded, dict) and loaded.get("format") == self._form
             return loaded.get("settings") if is_ours else None
         with contextlib.suppress(OSError, ValueError):
             return json.loads((self.path / UNFINISHED).read_bytes())
         return None
+
+    def _reopen(self, records: Iterable[Record]) -> None:
+        """Make a finished folder an unfinished one; if it is interrupted, it is still finished."""
+        for shard, record in enumerate(records):
+            self.add(shard, record)
+        _write(self.path / UNFINISHED, [json.dumps(self.settings)])
+        (self.path / MANIFEST).unlink()
 
     def _is_whole(self, shard: int) -> bool:
         """Whether a shard has a record, and the arrays of it."""
@@ -179,7 +201,7 @@ def _is_hidden_ours(name: str) -> bool:
     return name == LOCK or (name.startswith(".") and name.endswith(".part"))
 
 
-def _said(changed: list[str], kept: object, now: object) -> str:
+def said(changed: list[str], kept: object, now: object) -> str:
     """`crop is 224 there and 448 now` of each."""
     return "; ".join(
         f"{name} is {_at(kept, name)} there and {_at(now, name)} now" for name in changed

@@ -1,0 +1,1 @@
+"""Outputs of a frozen teacher, computed once and stored, from which students are trained."""
