@@ -26,6 +26,7 @@ from dinoscale.errors import ConfigError
 from dinoscale.models.rope import coordinate_changes
 from dinoscale.models.stochastic_depth import stochastic_depth_keep
 from dinoscale.runtime.launcher_env import Process
+from dinoscale.training.targets.read import TargetReader
 
 
 def open_images(config: RunConfig, heartbeat: Callable[[], None] = lambda: None) -> StoredSource:
@@ -131,11 +132,27 @@ class Feed:
     """Yields one rank's micro-batches of every step."""
 
     def __init__(
-        self, config: RunConfig, plan: RunPlan, process: Process, source: Source, *, depth: int
+        self,
+        config: RunConfig,
+        plan: RunPlan,
+        process: Process,
+        source: Source,
+        *,
+        depth: int,
+        targets: TargetReader | None = None,
     ) -> None:
-        """Open nothing yet; `steps` starts the workers. `depth` is the student's, in blocks."""
+        """Open nothing yet; `steps` starts the workers.
+
+        Args:
+            config: of the run.
+            plan: of the run.
+            process: this one.
+            source: the images.
+            depth: of the student, in blocks.
+            targets: what is stored of a frozen teacher.
+        """
         self._config, self._plan, self._process, self._source = config, plan, process, source
-        self._depth = depth
+        self._depth, self._targets = depth, targets
 
     def steps(
         self,
@@ -193,13 +210,17 @@ class Feed:
             images=plan.micro_batch_size,
             size=batch.global_crops.shape[2],
         )
+        stored = None
+        if self._targets is not None:
+            rows = masks.rows if masks is not None and config.distill.by_heads else None
+            stored = self._targets.of(step, index, batch, rows)
         if masks is not None:
             masks = Masks(*(to_device(tensor, device) for tensor in masks))
         coordinates = coordinates_of(config, step=step, depth=self._depth)
         if coordinates is not None:
             coordinates = to_device(coordinates, device)
         gram_crops = finish_gram_crops(batch, config, device, compiled=compiled)
-        return MicroBatch(*crops, keep, masks, coordinates, gram_crops)
+        return MicroBatch(*crops, keep, masks, coordinates, gram_crops, stored)
 
     def _keep(self, step: int, first_image: int) -> Tensor | None:
         model = self._config.model

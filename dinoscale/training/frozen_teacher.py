@@ -1,8 +1,9 @@
 """The frozen teacher of a run: read at every start, and the same as long as the run lasts."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 from dinoscale.checkpoint.load import Checkpoint
 from dinoscale.config import RunConfig
@@ -12,6 +13,7 @@ from dinoscale.engine.teacher import Teacher
 from dinoscale.errors import ConfigError
 from dinoscale.runtime import distributed
 from dinoscale.runtime.opening import on_first_rank
+from dinoscale.training.targets.read import TargetFolder, read_prototypes
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ def require_same_form(checkpoint: Checkpoint, config: RunConfig) -> None:
         ConfigError: a weight of features is 0 and was not, or the other way round.
     """
     saved = checkpoint.state["config"].get("distill", {})
-    if saved.get("teacher") is None or config.distill.teacher is None:
+    if _named(saved) is None or not config.distill.is_given:
         return  # by their weights, see `read_same_teacher`
     for key in ("class_feature_weight", "patch_feature_weight"):
         then, now = saved.get(key, 0.0), getattr(config.distill, key)
@@ -63,14 +65,27 @@ def recipe_caution(config: RunConfig) -> str | None:
     return f"distill.teacher is frozen from the start, and this run has {' and '.join(found)}"
 
 
+def _named(section: Mapping[str, Any]) -> str | None:
+    """The weights or targets that the settings of `distill` name."""
+    found: str | None = section.get("teacher") or section.get("targets")
+    return found
+
+
 def read_same_teacher(
-    config: RunConfig, checkpoint: Checkpoint | None, heartbeat: Callable[[], None] = lambda: None
+    config: RunConfig,
+    checkpoint: Checkpoint | None,
+    targets: TargetFolder | None = None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> InitialWeights | None:
-    """Read `distill.teacher`, on rank 0; None on other ranks and without one. Collective.
+    """Read `distill.teacher`, or what is stored of it, on rank 0; None on other ranks. Collective.
+
+    Without a frozen teacher, None everywhere. A run that has learnt from a teacher may go on with
+    its stored outputs, and the other way round.
 
     Args:
         config: of the run.
         checkpoint: of the run, which goes on from it.
+        targets: what is stored of it.
         heartbeat: called regularly while they are read.
 
     Raises:
@@ -80,6 +95,8 @@ def read_same_teacher(
     weights = None
     if config.distill.teacher is not None:
         weights = on_first_rank(partial(read_frozen_teacher, config), heartbeat)
+    elif targets is not None:
+        weights = read_prototypes(config, targets)
     identity = None if weights is None else weights.identity
     distributed.together(lambda: _require_same(config, checkpoint, identity))
     return weights
@@ -92,8 +109,9 @@ def _require_same(config: RunConfig, checkpoint: Checkpoint | None, identity: st
     then, path = checkpoint.frozen_teacher, checkpoint.path
     if then == identity:
         return
-    named = config.distill.teacher or "null"
-    before = checkpoint.state["config"].get("distill", {}).get("teacher")
+    named = config.distill.teacher or config.distill.targets or "null"
+    key = "distill.teacher" if config.distill.targets is None else "distill.targets"
+    before = _named(checkpoint.state["config"].get("distill", {}))
     if then is None:
         what = "has learnt from its own average, and not from a frozen teacher; set it to null"
     else:
@@ -102,7 +120,7 @@ def _require_same(config: RunConfig, checkpoint: Checkpoint | None, identity: st
             "those, of a run that has gone on its checkpoint"
         )
     raise ConfigError(
-        f"distill.teacher: the run of {path} {what}, or start a new run with another run_dir; got "
+        f"{key}: the run of {path} {what}, or start a new run with another run_dir; got "
         f"{named}" + ("" if identity is None else f" (identity {identity[:12]})")
     )
 

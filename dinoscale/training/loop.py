@@ -57,6 +57,7 @@ from dinoscale.training.hooks.metrics import Metrics, Stopwatch, peak_memory_byt
 from dinoscale.training.hooks.online_knn import OnlineKnn
 from dinoscale.training.hooks.setting_names import as_set_here
 from dinoscale.training.resume import find_checkpoint, restore
+from dinoscale.training.targets.read import TargetFolder, TargetReader
 
 log = logging.getLogger(__name__)
 
@@ -91,11 +92,16 @@ class Run:
         stop: StopRequest,
         watchdog: Watchdog,
         checkpoint: Checkpoint | None,
+        targets: TargetFolder | None = None,
     ) -> None:
         self.config, self.plan, self.process, self.source = config, plan, process, source
         self.images = images  # identity of the image set, on rank 0
         self.licence = licence  # of the weights that the run began with, on rank 0
-        self.feed = Feed(config, plan, process, source, depth=student.network.backbone.depth)
+        self.feed = Feed(
+            *(config, plan, process, source),
+            depth=student.network.backbone.depth,
+            targets=None if targets is None else TargetReader(targets, config, plan, process),
+        )
         self.student, self.teacher = student, teacher
         self.stop, self.watchdog = stop, watchdog
         self.run_dir = Path(config.run_dir)

@@ -80,6 +80,7 @@ from dinoscale.training.resume import (
     restore,
 )
 from dinoscale.training.step_zero import compare_features
+from dinoscale.training.targets.read import open_targets
 
 log = logging.getLogger(__name__)
 S = TypeVar("S", bound=Source)
@@ -253,7 +254,12 @@ def _build(
         gram_from = on_first_rank(partial(read_gram_weights, config), watchdog.heartbeat)
     if config.distill.teacher is not None:
         watchdog.progress("opening the weights of the frozen teacher")
-    frozen_from = frozen_teacher.read_same_teacher(config, checkpoint, watchdog.heartbeat)
+    targets = None
+    if config.distill.targets is not None:
+        watchdog.progress("opening the targets of the frozen teacher")
+        of_run = _plan(config, process, source)
+        targets = open_targets(config, of_run, images, watchdog.heartbeat)
+    frozen_from = frozen_teacher.read_same_teacher(config, checkpoint, targets, watchdog.heartbeat)
     if config.train.micro_batch_size == "auto":
         config = _find_micro_batch(config, process, stop, watchdog)
     plan = _plan(config, process, source)
@@ -296,6 +302,7 @@ def _build(
         stop,
         watchdog,
         checkpoint,
+        targets,
     )
 
 

@@ -1,0 +1,319 @@
+"""Stored outputs of a frozen teacher, read ahead of the steps that learn them.
+
+Whether they are those of a run is asked three times: of the settings, before it starts; of the
+bytes of a file, by its checksum, when the first of its steps comes near; and of each micro-batch,
+by its images, their crops and chosen patches.
+"""
+
+import json
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dinoscale.config import RunConfig
+from dinoscale.config.resolve import RunPlan
+from dinoscale.data.loader import Batch
+from dinoscale.data.transfer import to_device
+from dinoscale.engine.build import InitialWeights, shapes_only
+from dinoscale.engine.frozen.stored import LAST_LAYER
+from dinoscale.engine.micro_batch import StoredTargets
+from dinoscale.errors import ConfigError, DataError
+from dinoscale.evaluate.embedding.folder import MANIFEST, said
+from dinoscale.runtime import distributed
+from dinoscale.runtime.launcher_env import Process
+from dinoscale.runtime.opening import on_first_rank
+from dinoscale.runtime.outputs import sha256
+from dinoscale.training.targets.settings import (
+    HEADS,
+    changed_settings,
+    crop_sums,
+    deciding_settings,
+    learned_of,
+    learns_patches,
+)
+from dinoscale.training.targets.stripes import FORMAT, Stored, StripeFile, joined
+
+KEY = "distill.targets"
+_AHEAD = 2  # steps that are read before they are asked for
+_ANEW = "compute them with `dinoscale embed --targets`"
+_AGAIN = "start the `dinoscale embed --targets` that wrote it again"
+
+
+@dataclass(frozen=True)
+class TargetFolder:
+    """A folder of `dinoscale embed --targets` that fits a run.
+
+    Attributes:
+        path: of the folder.
+        manifest: what it says of itself.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def teacher(self) -> str:
+        """Digest of the weights of the teacher whose outputs they are."""
+        return str(self.manifest["teacher"]["identity"])
+
+    def stripe(self, step: int, slot: int) -> tuple[int, dict[str, Any]]:
+        """The shard of a step, and the entry of its file for a slot."""
+        shard = step // int(self.manifest["settings"]["shard_steps"])
+        entry: dict[str, Any] = self.manifest["shards"][shard]["arrays"][str(slot)]
+        return shard, entry
+
+
+def open_targets(
+    config: RunConfig,
+    plan: RunPlan,
+    images: str,
+    heartbeat: Callable[[], None] = lambda: None,
+) -> TargetFolder | None:
+    """Open `distill.targets`, the same on every rank; None without them. Collective.
+
+    Args:
+        config: of the run.
+        plan: of the run.
+        images: identity of its images, on rank 0.
+        heartbeat: called regularly meanwhile.
+
+    Raises:
+        ConfigError: on every rank, if they are of other settings, or of fewer steps.
+        DataError: on every rank, if the folder is unfinished or lacks a file.
+    """
+    if config.distill.targets is None:
+        return None
+    opened = on_first_rank(lambda beat: _opened(config, plan, images, beat), heartbeat)
+    return distributed.broadcast_object(opened)
+
+
+def _opened(
+    config: RunConfig, plan: RunPlan, images: str, heartbeat: Callable[[], None]
+) -> TargetFolder:
+    assert config.distill.targets is not None
+    path = Path(config.distill.targets)
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        is_ours = manifest["format"] == FORMAT
+    except FileNotFoundError:
+        why = "is not finished: start the command that writes it again" if path.is_dir() else ""
+        text = why or f"is not there; {_ANEW}"
+        raise DataError(f"{KEY}: {path} has no {MANIFEST} and {text}") from None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DataError(f"{KEY}: {path / MANIFEST} cannot be read ({error}); {_ANEW}") from None
+    if not is_ours:
+        raise DataError(f"{KEY}: {path} holds something else than targets ({FORMAT!r}); {_ANEW}")
+    try:
+        _require_fitting(path, manifest, config, plan, images)
+        for record in manifest["shards"]:
+            if record["first"] < plan.stop_step:
+                _require_files(path, record)
+            heartbeat()
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        text = f"is not as it was written ({type(error).__name__}: {error})"
+        raise DataError(f"{KEY}: {path / MANIFEST} {text}; {_ANEW}") from None
+    return TargetFolder(path, manifest)
+
+
+def _require_fitting(
+    path: Path, manifest: dict[str, Any], config: RunConfig, plan: RunPlan, images: str
+) -> None:
+    """Refuse targets of another run, naming what differs."""
+    settings = manifest["settings"]
+    outputs, wanted = settings["outputs"], learned_of(config)
+    if outputs["of"] != wanted:
+        key = "distill.class_feature_weight"
+        remedy = f"set {key} above 0.0" if wanted == HEADS else "set the weights of features to 0.0"
+        raise ConfigError(
+            f"{KEY}: {path} holds the outputs of {outputs['of']}, and this run learns those of "
+            f"{wanted} ({key}); {remedy}, or {_ANEW}"
+        )
+    if learns_patches(config) and not outputs["patches"]:
+        key = "ibot.loss_weight" if wanted == HEADS else "distill.patch_feature_weight"
+        raise ConfigError(
+            f"{KEY}: {path} holds outputs of class tokens alone, and {key} is above 0.0; set it "
+            f"to 0.0, or {_ANEW}"
+        )
+    width = config.of_teacher.model.width
+    if wanted != HEADS and outputs["width"] != width:
+        raise ConfigError(
+            f"{KEY}: {path} holds features of width {outputs['width']}, and distill.model says "
+            f"{width}; give the model whose features they are"
+        )
+    own = deciding_settings(config, plan, images)
+    if changed := changed_settings(settings["run"], own):
+        raise ConfigError(
+            f"{KEY}: {path} holds the targets of another run: "
+            f"{said(changed, settings['run'], own)}. Restore the old values, or {_ANEW}"
+        )
+    if settings["steps"] < plan.stop_step:
+        raise ConfigError(
+            f"{KEY}: {path} holds the targets of {settings['steps']} steps, and this run takes "
+            f"{plan.stop_step} (train.epochs, train.stop_after_steps); train for fewer, or {_ANEW}"
+        )
+
+
+def _require_files(path: Path, record: dict[str, Any]) -> None:
+    for entry in record["arrays"].values():
+        if Path(entry["file"]).name != entry["file"]:
+            raise ValueError(f"{entry['file']!r} is not in the folder")
+        file = path / entry["file"]
+        try:
+            size = file.stat().st_size
+        except OSError as error:
+            raise DataError(f"{KEY}: {file} is missing ({error.strerror}); {_AGAIN}") from None
+        if size != entry["bytes"]:
+            raise DataError(
+                f"{KEY}: {file} is damaged: it has {size} bytes, and {MANIFEST} says "
+                f"{entry['bytes']}; remove it, and {_AGAIN}"
+            )
+
+
+def read_prototypes(config: RunConfig, folder: TargetFolder) -> InitialWeights | None:
+    """The last layers of the teacher's heads, and whose they are, on rank 0; collective.
+
+    Raises:
+        ConfigError: on every rank, if they are not of the sizes that the settings say.
+        DataError: on every rank, if their file is damaged.
+    """
+    return on_first_rank(lambda _: _prototypes(config, folder))
+
+
+def _prototypes(config: RunConfig, folder: TargetFolder) -> InitialWeights:
+    teacher, heads = folder.manifest["teacher"], dict[str, dict[str, Tensor]]()
+    if not config.distill.by_heads:
+        return InitialWeights({}, licence=teacher["licence"], identity=teacher["identity"])
+    entry = folder.manifest["prototypes"]
+    path = folder.path / entry["file"]
+    _require_sum(path, entry["sha256"])
+    found = load_file(path)
+    for name, value in shapes_only(config.of_teacher).named_parameters():
+        if LAST_LAYER not in name:
+            continue
+        head, _, key = name.partition(".")
+        shape = [*found[name].shape] if name in found else "absent"
+        if shape != [*value.shape]:
+            raise ConfigError(
+                f"{KEY}: {name} of the teacher is {shape} in {folder.path} and {[*value.shape]} by "
+                f"distill.{head}; give the head whose outputs they are"
+            )
+        heads.setdefault(head, {})[key] = found[name]
+    return InitialWeights(
+        {},
+        heads.get("head"),
+        heads.get("patch_head"),
+        licence=teacher["licence"],
+        identity=teacher["identity"],
+    )
+
+
+def _require_sum(path: Path, wanted: str) -> None:
+    try:
+        found = sha256(path)
+    except OSError as error:
+        raise DataError(f"{KEY}: cannot read {path}: {error.strerror}; {_ANEW}") from None
+    if found != wanted:
+        raise DataError(
+            f"{KEY}: {path} is damaged: its SHA-256 is {found[:12]}, and {MANIFEST} says "
+            f"{wanted[:12]}; remove it, and {_AGAIN}"
+        )
+
+
+class TargetReader:
+    """Hands out what is stored of a rank's micro-batches; a thread reads some steps ahead."""
+
+    def __init__(
+        self, folder: TargetFolder, config: RunConfig, plan: RunPlan, process: Process
+    ) -> None:
+        """Read nothing yet."""
+        self._folder, self._plan, self._process = folder, plan, process
+        self._patches = learns_patches(config)
+        self._patch_size = config.model.effective_patch_size or 1
+        self._of_slot = int(folder.manifest["settings"]["train"]["micro_batch_size"])
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="targets")
+        self._steps: dict[int, Future[list[Stored]]] = {}
+        self._open: dict[tuple[int, str], StripeFile] = {}  # by shard and name; of the thread
+
+    def of(self, step: int, index: int, batch: Batch, rows: Tensor | None) -> StoredTargets:
+        """What is stored of micro-batch `index` of a step, on the device.
+
+        Args:
+            step: zero-based optimizer step.
+            index: of the micro-batch.
+            batch: its crops.
+            rows: its chosen patches, as `Masks.rows` has them, on the CPU; None where all or none
+                are learned.
+
+        Raises:
+            DataError: a file is damaged, or the crops are others.
+        """
+        for number in range(step, min(step + 1 + _AHEAD, self._plan.stop_step)):
+            if number not in self._steps:
+                self._steps[number] = self._thread.submit(self._read, number)
+        for number in [number for number in self._steps if number < step]:
+            del self._steps[number]
+        stored = self._steps[step].result()[index]
+        self._require_same(step, stored, batch, rows)
+        device = self._process.device
+        classes, patches = stored.classes.flatten(0, 1), stored.patches
+        if patches is not None and stored.counts is None:
+            patches = patches.flatten(0, 1)
+        moved = None if patches is None else to_device(patches, device)
+        return StoredTargets(to_device(classes, device), moved)
+
+    def _require_same(self, step: int, stored: Stored, batch: Batch, rows: Tensor | None) -> None:
+        pairs = {
+            "images": (stored.images, batch.sample_ids),
+            "crops": (stored.crops, crop_sums(batch.params)),
+        }
+        if rows is not None:
+            grid = (batch.global_crops.shape[2] // self._patch_size) ** 2
+            of_patches = stored.rows(grid)
+            assert of_patches is not None
+            pairs["patches"] = of_patches, rows
+        for name, (there, here) in pairs.items():
+            if not torch.equal(there, here):
+                raise DataError(
+                    f"{KEY}: the {name} of step {step} are others than those of "
+                    f"{self._folder.path}, though the settings agree, perhaps as another version "
+                    f"drew them; {_ANEW}"
+                )
+
+    def _read(self, step: int) -> list[Stored]:
+        """Of this rank's micro-batches of a step; runs in the thread."""
+        plan, size = self._plan, self._plan.micro_batch_size
+        shard, _ = self._folder.stripe(step, 0)
+        for key in [key for key in self._open if key[0] < shard]:
+            del self._open[key]
+        found = []
+        for index in range(plan.accumulation_steps):
+            first = (index * plan.world_size + self._process.rank) * size
+            slots = range(first // self._of_slot, -(-(first + size) // self._of_slot))
+            stored = joined([self._part(step, slot, first, first + size) for slot in slots])
+            found.append(stored.pinned() if self._process.device.type == "cuda" else stored)
+        return found
+
+    def _part(self, step: int, slot: int, first: int, stop: int) -> Stored:
+        """What a slot holds of the images first..stop-1 of a step."""
+        shard, entry = self._folder.stripe(step, slot)
+        path = self._folder.path / entry["file"]
+        if (shard, entry["file"]) not in self._open:
+            _require_sum(path, entry["sha256"])
+            self._open[shard, entry["file"]] = _opened_stripe(path)
+        begin = slot * self._of_slot
+        stored = self._open[shard, entry["file"]].step(step, patches=self._patches)
+        return stored.part(max(first - begin, 0), min(stop - begin, self._of_slot))
+
+
+def _opened_stripe(path: Path) -> StripeFile:
+    try:
+        return StripeFile(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{KEY}: {path} cannot be read ({error}); {_ANEW}") from None

@@ -1,0 +1,368 @@
+"""Students of the stored outputs of a frozen teacher: bit for bit those of the live one."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dinoscale.checkpoint.layout import directory, shard_file
+from dinoscale.checkpoint.load import open_run
+from dinoscale.config.resolve import resolve
+from dinoscale.errors import ConfigError, DataError, DinoscaleError, OutputError
+from tests.distributed.tiny_run import dinov2, tiny_config
+from tests.harness import RankFailedError, run_distributed
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(180)]
+
+STEPS, SHARD_STEPS, STOP = 3, 2, 1
+IMAGES = 8
+LOGGED = ("loss", "dino_loss", "ibot_loss")
+# Wider and deeper than the students, 8 x 8 patches in a crop, of which they have 4 x 4.
+LARGE = {"embed_dim": 24, "depth": 3, "patch_size": 4, "registers": 2}
+HEADS = {
+    "head": {"num_prototypes": 33, "hidden_dim": 26, "bottleneck_dim": 17, "batch_norm": True},
+    "patch_head": {"num_prototypes": 29, "hidden_dim": 14, "bottleneck_dim": 11},
+}
+TEACHER = {"backbone": "vit_tiny_patch16_224", "num_heads": 2, **LARGE}
+SECOND = {"model": {"embed_dim": 16, "depth": 1}, "head": {"batch_norm": True}}
+FEATURES = {
+    "dino": {"loss_weight": 0.0},
+    "ibot": {"loss_weight": 0.0},
+    "crops": {"global_size": 32, "num_local": 0},
+}
+LEARNED = {"class_feature_weight": 1.0, "patch_feature_weight": 0.5}
+# Of pairs, a live run and one of stored targets: stage, images of a micro-batch, other settings.
+PAIRS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "first": (0, 1, {}),
+    "second": (3, 1, SECOND),
+    "features": (0, 1, FEATURES),
+}
+
+
+def _run(run_dir: Path, *, stop: int = STEPS, images: int = 1, **changes: Any) -> dict[str, Any]:
+    """Arguments of `tiny_config`."""
+    sections = dinov2("sinkhorn_knopp", patch_head=True)
+    if changes.get("ibot", {}).get("loss_weight") == 0:
+        del sections["patch_head"]
+    names = sections.keys() | changes
+    sections = {name: sections.get(name, {}) | changes.get(name, {}) for name in names}
+    sections["koleo"] = {"loss_weight": 0.0}  # which needs two images
+    sections["train"] = {"epochs": 2, "batch_size": 4, "micro_batch_size": images}
+    sections["train"] |= {"stop_after_steps": stop} | changes.get("train", {})
+    sections["data"] = {"train": f"synthetic:shapes?images={IMAGES}&size=40", "num_workers": 0}
+    sections["checkpoint"] = {"every_steps": 1, "keep_last": 9}
+    return {"run_dir": str(run_dir), **sections}
+
+
+def _student(
+    root: Path, name: str, pair: str, *, targets: str | None = None, **more: Any
+) -> dict[str, Any]:
+    """A student of a pair, of the live teacher or of stored targets."""
+    stage, images, changes = PAIRS[pair]
+    distill: dict[str, Any] = {"model": TEACHER, **(LEARNED if pair == "features" else HEADS)}
+    distill |= (
+        {"teacher": str(root / "source")} if targets is None else {"targets": str(root / targets)}
+    )
+    engine = {"zero_stage": stage, "precision": "fp32"}
+    more = {"images": images} | more
+    return _run(root / name, **{**changes, **more}, distill=distill, engine=engine)
+
+
+def work(jobs: list[tuple[str, dict[str, Any], str]]) -> list[str]:
+    """On every rank: do jobs (kind, arguments of `tiny_config`, folder), say how each ended."""
+    from dinoscale.runtime.launcher_env import read_process
+    from dinoscale.training.targets.write import write_targets
+    from dinoscale.training.trainer import train
+
+    process, ends = read_process(os.environ), []
+    for kind, run, out in jobs:
+        try:
+            if kind == "train":
+                train(tiny_config(**run), process)
+            else:
+                write_targets(tiny_config(**run), process, out, shard_steps=SHARD_STEPS)
+            ends.append("done")
+        except DinoscaleError as error:  # noqa: PERF203  # other jobs follow
+            ends.append(str(error))
+    return ends
+
+
+def write_and_die(run: dict[str, Any], out: str, renames: int) -> None:
+    """Write targets, and be killed before a file gets its name."""
+    left = renames
+
+    def count(event: str, _arguments: tuple[Any, ...]) -> None:
+        nonlocal left
+        if event == "os.rename":
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    work([("write", run, out)])
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all runs and targets."""
+    root = tmp_path_factory.mktemp("stored")
+    jobs: list[tuple[str, dict[str, Any], str]] = [
+        ("train", _run(root / "source", stop=1, model=LARGE, **HEADS), ""),
+        ("write", _student(root, "unused", "first"), str(root / "targets")),
+        ("write", _student(root, "unused", "features"), str(root / "targets_features")),
+    ]
+    for pair in PAIRS:
+        targets = "targets_features" if pair == "features" else "targets"
+        jobs.append(("train", _student(root, f"{pair}_live", pair), ""))
+        jobs.append(("train", _student(root, f"{pair}_stored", pair, targets=targets), ""))
+    more = [
+        _student(root, "resumed", "first", stop=STOP),  # live
+        _student(root, "resumed", "first", targets="targets"),
+        _student(root, "pairs", "first", images=2, targets="targets"),
+    ]
+    jobs += [("train", run, "") for run in more]
+    function = "tests.distributed.test_stored_targets:work"
+    first, _ = run_distributed(function, world_size=2, timeout_s=150, jobs=jobs)
+    assert first == len(jobs) * ["done"]
+    return root
+
+
+def _differing(one: Path, other: Path, step: int = STEPS) -> list[str]:
+    """Names of tensors that two runs on two ranks have not alike at a step."""
+    found = []
+    for file in (shard_file(0), shard_file(1), "shared.safetensors"):
+        first, second = (load_file(directory(run, step) / file) for run in (one, other))
+        assert first.keys() == second.keys()
+        found += [key for key, value in first.items() if not torch.equal(value, second[key])]
+    return found
+
+
+def _logged(run_dir: Path) -> list[dict[str, float]]:
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [{key: line[key] for key in LOGGED if key in line} for line in lines if "loss" in line]
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_student_of_stored_targets_is_that_of_the_live_teacher(root: Path, pair: str) -> None:
+    live, stored = root / f"{pair}_live", root / f"{pair}_stored"
+    assert len(_logged(live)) == STEPS
+    assert _logged(stored) == _logged(live)
+    assert _differing(live, stored) == []
+
+
+def test_two_students_of_one_folder_are_different_ones(root: Path) -> None:
+    first, second = _logged(root / "first_stored"), _logged(root / "second_stored")
+    assert all(one != other for one, other in zip(first, second, strict=True))
+
+
+def test_a_run_of_the_live_teacher_goes_on_with_its_stored_targets(root: Path) -> None:
+    assert _logged(root / "resumed") == _logged(root / "first_live")
+    assert _differing(root / "resumed", root / "first_live") == []
+
+
+def test_micro_batches_of_another_size_read_the_same_targets(root: Path) -> None:
+    # The student multiplies other shapes, which rounds otherwise.
+    pairs, first = _logged(root / "pairs"), _logged(root / "first_live")
+    for here, there in zip(pairs, first, strict=True):
+        assert here == pytest.approx(there, rel=1e-5)
+
+
+def _written(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_one_process_that_was_killed_writes_the_same_bytes(root: Path, tmp_path: Path) -> None:
+    from dinoscale.runtime.launcher_env import read_process
+    from dinoscale.training.targets.write import write_targets
+
+    run, out = _student(root, "unused", "first"), tmp_path / "targets"
+    function = "tests.distributed.test_stored_targets:write_and_die"
+    # Renamed: settings, prototypes, a file of each slot, a record; then the second shard's.
+    slots = 4
+    arguments: dict[str, Any] = {"run": run, "out": str(out), "renames": 2 + slots + 1 + 2}
+    with pytest.raises(RankFailedError, match="exit -9"):
+        run_distributed(function, world_size=1, timeout_s=60, **arguments)
+    assert (out / "unfinished.json").exists()
+    assert len([*out.glob("steps-*.safetensors")]) == slots + 1
+    with pytest.raises(DataError, match=r"^distill.targets: .* is not finished: start the comm"):
+        _open(root, "first", targets=str(out))
+    found = write_targets(tiny_config(**run), read_process({}), out, shard_steps=SHARD_STEPS)
+    assert (found["shards"], found["new_shards"]) == (2, 1)
+    assert _written(out) == _written(root / "targets")
+    another = tiny_config(**run).model_copy(update={"seed": 4})
+    with pytest.raises(OutputError, match=r"holds other targets: run.seed is 0 there and 4 now"):
+        write_targets(another, read_process({}), out, shard_steps=SHARD_STEPS)
+
+
+def _open(
+    root: Path,
+    pair: str,
+    *,
+    targets: str = "targets",
+    go_on: Path | None = None,
+    seed: int = 0,
+    **changes: Any,
+) -> None:
+    """What the start of a student asks of its targets; None in changes takes a setting out."""
+    from dinoscale.training.feed import open_images
+    from dinoscale.training.frozen_teacher import read_same_teacher
+    from dinoscale.training.targets.read import open_targets
+
+    run = _student(root, "unused", pair, targets=targets)
+    for name, change in changes.items():
+        if change is None:
+            del run[name]
+        else:
+            merged = run.get(name, {}) | change if isinstance(change, dict) else change
+            kept = isinstance(merged, dict) and {k: v for k, v in merged.items() if v is not None}
+            run[name] = kept or merged
+    config = tiny_config(**run).model_copy(update={"seed": seed})
+    source = open_images(config)
+    plan = resolve(config, world_size=1, num_images=len(source))
+    folder = open_targets(config, plan, source.identity())
+    read_same_teacher(config, None if go_on is None else open_run(go_on), folder)
+
+
+CLASSES_ALONE: dict[str, Any] = {"ibot": {"loss_weight": 0.0}, "patch_head": None}
+NO_HEADS: dict[str, Any] = {"head": None, "patch_head": None}
+
+
+@pytest.mark.parametrize(
+    ("pair", "changes", "says"),
+    [
+        ("first", {"seed": 4}, "seed is 0 there and 4 now"),
+        ("first", {"train": {"batch_size": 2}}, "train.batch_size is 4 there and 2 now"),
+        ("first", {"crops": {"num_local": 1}}, "crops.num_local is 2 there and 1 now"),
+        ("first", {"augment": {"hue": 0.0}}, r"augment.hue is 0\.\d+ there and 0.0 now"),
+        ("first", {"ibot": {"mask_prob": 1.0}}, "ibot.mask_prob is 0.5 there and 1.0 now"),
+        ("first", {"engine": {"precision": "bf16"}}, 'engine.precision is "fp32" there and "bf16"'),
+        (
+            "first",
+            {"train": {"stop_after_steps": None}},
+            "targets of 3 steps, and this run takes 4",
+        ),
+        ("first", {"data": {"train": "synthetic:shapes?images=8&size=41"}}, "data.train is "),
+        (
+            "first",
+            {"distill": LEARNED | NO_HEADS, **CLASSES_ALONE},
+            "outputs of heads, and this run learns",
+        ),
+        ("features", {"distill": {"model": TEACHER | {"embed_dim": 26}}}, "features of width 24"),
+        (
+            "first",
+            {"distill": {"patch_head": HEADS["patch_head"] | {"bottleneck_dim": 10}}},
+            r"patch_head.last_layer.weight_v .* is \[29, 11\] in .* \[29, 10\] by distill",
+        ),
+        ("first", CLASSES_ALONE, None),  # which are there, too
+        ("first", {}, None),
+    ],
+)
+def test_what_decides_the_targets_is_the_same(
+    root: Path, pair: str, changes: dict[str, Any], says: str | None
+) -> None:
+    targets = str(root / ("targets_features" if pair == "features" else "targets"))
+    if says is None:
+        _open(root, pair, targets=targets, **changes)
+        return
+    with pytest.raises(ConfigError, match=rf"^distill.targets: .*{says}"):
+        _open(root, pair, targets=targets, **changes)
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "flipped", "manifest", "absent"])
+def test_damaged_targets_are_named(root: Path, tmp_path: Path, damage: str) -> None:
+    from dinoscale.runtime.launcher_env import read_process
+    from dinoscale.training.targets.write import write_targets
+
+    folder = tmp_path / "targets"
+    if damage != "absent":
+        shutil.copytree(root / "targets", folder)
+    file = folder / "steps-00000-slot-00001.safetensors"
+    if damage == "missing":
+        file.unlink()
+    elif damage == "short":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif damage == "flipped":
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    elif damage == "manifest":
+        (folder / "manifest.json").write_text("{}")
+    says = {
+        "missing": r"slot-00001.safetensors is missing",
+        "short": r"slot-00001.safetensors is damaged: it has \d+ bytes",
+        "flipped": r"slot-00001.safetensors is damaged: its SHA-256 is",
+        "manifest": r"manifest.json cannot be read \(.format.\)",
+        "absent": r"is not there; compute them with",
+    }[damage]
+    with pytest.raises(DataError, match=rf"^distill.targets: .*{says}") as raised:
+        _first(root, folder).of(0, 1, *_crops(root, 1))
+    assert raised.value.exit_code == 2
+    if damage == "missing":  # the command that wrote them writes what is missing
+        run = _student(root, "unused", "first")
+        found = write_targets(tiny_config(**run), read_process({}), folder, shard_steps=SHARD_STEPS)
+        assert found["new_shards"] == 1
+        assert _written(folder) == _written(root / "targets")
+
+
+def _first(root: Path, folder: Path) -> Any:
+    """A reader of targets in one process, once they are opened."""
+    from dinoscale.runtime.launcher_env import read_process
+    from dinoscale.training.feed import open_images
+    from dinoscale.training.targets.read import TargetReader, open_targets
+
+    config = tiny_config(**_student(root, "unused", "first", targets=str(folder)))
+    source = open_images(config)
+    plan = resolve(config, world_size=1, num_images=len(source))
+    opened = open_targets(config, plan, source.identity())
+    assert opened is not None
+    return TargetReader(opened, config, plan, read_process({}))
+
+
+def _crops(root: Path, index: int) -> tuple[Any, torch.Tensor]:
+    """A micro-batch of the first step in one process, and its chosen patches."""
+    from dinoscale.runtime.launcher_env import read_process
+    from dinoscale.training.feed import Feed, masks_of, open_images
+
+    config = tiny_config(**_student(root, "unused", "first"))
+    source = open_images(config)
+    plan = resolve(config, world_size=1, num_images=len(source))
+    feed = Feed(config, plan, read_process({}), source, depth=2)
+    masks = masks_of(config, step=0, first_image=index, images=1)
+    assert masks is not None
+    return next(feed.steps(0, offset=0))[index], masks.rows
+
+
+@pytest.mark.parametrize("kind", ["images", "crops", "patches"])
+def test_each_micro_batch_is_compared_with_what_its_targets_are_of(root: Path, kind: str) -> None:
+    reader = _first(root, root / "targets")
+    batch, rows = _crops(root, 1)
+    assert len(rows)
+    reader.of(0, 1, batch, rows)
+    params = batch.params.copy()
+    params["flip"][0] ^= True
+    others = {
+        "images": (replace(batch, sample_ids=batch.sample_ids + 1), rows),
+        "crops": (replace(batch, params=params), rows),
+        "patches": (batch, rows + 1),
+    }
+    with pytest.raises(DataError, match=rf"^distill.targets: the {kind} of step 0 are others"):
+        reader.of(0, 1, *others[kind])
+
+
+def test_a_run_goes_on_with_the_targets_of_its_own_teacher_only(root: Path, tmp_path: Path) -> None:
+    other = tmp_path / "targets"
+    shutil.copytree(root / "targets", other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["teacher"]["identity"] = 64 * "0"
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    _open(root, "first", go_on=root / "resumed")
+    with pytest.raises(ConfigError, match=r"^distill.targets: the run of .* weights are others"):
+        _open(root, "first", targets=str(other), go_on=root / "resumed")
