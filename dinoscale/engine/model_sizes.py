@@ -78,6 +78,8 @@ class Dims:
         trains_projection: whether the patch projection trains.
         frozen_teacher: counts of the network of another run that gives the targets, and of the
             patches that the student is asked about; None where the average gives them.
+        stored_targets: whether the outputs of heads of a frozen teacher are stored: the average is
+            not asked, and no other network is there.
         average_follows: whether the average takes a forward of its own beside it, as statistics of
             batch norm follow the images.
         followed: counts of a frozen teacher's backbone whose features are followed, of others than
@@ -121,6 +123,7 @@ class Dims:
     skipped: tuple[int, ...] = ()
     trains_projection: bool = True
     frozen_teacher: "Dims | None" = None
+    stored_targets: bool = False
     average_follows: bool = False
     followed: "Dims | ForwardCounts | None" = None
     followed_patches: bool = False
@@ -222,10 +225,13 @@ def dims_of(config: RunConfig) -> Dims:
     def of_size(run: RunConfig) -> Dims:
         dims = _dims_of_size(run, network)
         if teacher is None:
-            return dims
-        if run.distill.by_features:
+        by_heads = run.distill.by_heads
+        tracks = by_heads and any(True for _ in network.buffers())  # as in `Teacher`
+        if teacher is None:
+            stored = run.distill.targets is not None and by_heads
+            return replace(dims, stored_targets=stored, average_follows=stored and tracks)
+        if not by_heads:
             return _with_followed(dims, run, teacher)
-        tracks = any(True for _ in network.buffers())  # as in `Teacher`
         return replace(_with_teacher(dims, run, teacher), average_follows=tracks)
 
     largest = of_size(config.of_largest_size)
@@ -390,6 +396,9 @@ def flops_of(dims: Dims) -> StepFlops:
 
 def _flops_of_size(dims: Dims) -> StepFlops:
     own = _flops_of_networks(dims)
+    of_patches = dims.patches.masked * dims.patches.bottleneck * dims.patches.prototypes
+    products = round(2 * (NUM_GLOBAL * dims.bottleneck * dims.prototypes + of_patches))
+    average = own.teacher - products if dims.average_follows else 0
     if not dims.prototypes:  # nobody asks the average
         own = replace(own, teacher_backbone=0)
     if dims.followed is not None:
@@ -403,16 +412,16 @@ def _flops_of_size(dims: Dims) -> StepFlops:
             if isinstance(dims.followed, ForwardCounts)
             else _flops_of_networks(dims.followed).student_global,
         )
+    if dims.stored_targets:
+        return replace(own, teacher_backbone=0, teacher_head=products, average=average)
     if dims.frozen_teacher is None:
         return own
     theirs = _flops_of_networks(dims.frozen_teacher)
-    of_patches = dims.patches.masked * dims.patches.bottleneck * dims.patches.prototypes
-    products = 2 * (NUM_GLOBAL * dims.bottleneck * dims.prototypes + of_patches)
     return replace(
         own,
         teacher_backbone=theirs.teacher_backbone,
         teacher_head=theirs.teacher_head,
-        average=own.teacher - round(products) if dims.average_follows else 0,
+        average=average,
     )
 
 

@@ -17,7 +17,7 @@ from dinoscale.engine.build import build_pair, loss_weights_of, schedules_of
 from dinoscale.engine.micro_batch import MicroBatch
 from dinoscale.engine.schedules import StepValues
 from dinoscale.engine.step import train_step
-from dinoscale.errors import RunFailedError
+from dinoscale.errors import ConfigError, RunFailedError
 from dinoscale.planning.bench.timeline import (
     AUGMENTATION,
     DATA,
@@ -65,7 +65,16 @@ class OurStep:
     """
 
     def __init__(self, config: RunConfig, plan: RunPlan, process: Process, source: Source) -> None:
-        """Build the pair as a run does; `RandomPictures` are cut once and used in every step."""
+        """Build the pair as a run does; `RandomPictures` are cut once and used in every step.
+
+        Raises:
+            ConfigError: targets are stored, which are of other images.
+        """
+        if config.distill.targets is not None:
+            raise ConfigError(
+                "distill.targets: these are of the images of a run's steps, and others are "
+                "measured here; give distill.teacher"
+            )
         self._weights, self._device = loss_weights_of(config), process.device
         self.now = _typical_values(config, plan)
         self._timeline = Timeline(process.device)

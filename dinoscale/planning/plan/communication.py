@@ -81,8 +81,8 @@ def _gathers(dims: Dims, setup: Setup) -> list[Transfer]:
     """Weights at stage 3: teacher forward, student forward and backward, in every pass."""
     ranks, of_node = setup.world_size, setup.zero_hpz_partition_size
     # Of networks of these sizes that move.
-    average = dims.average_follows or (dims.frozen_teacher is None and dims.prototypes)
-    forwards = 2 if average else 1
+    teaches = dims.prototypes and dims.frozen_teacher is None and not dims.stored_targets
+    forwards = 2 if teaches or dims.average_follows else 1
     gathers = (forwards + 1) * setup.accumulation_steps
     of_all = gathers if of_node == 1 else forwards  # the node keeps what these gathered first
     # A block is prefetched while the one before it computes.

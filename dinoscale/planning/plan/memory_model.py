@@ -80,6 +80,8 @@ def persistent(dims: Dims, setup: Setup) -> Terms:
     compared = s * (dims.backbone - dims.frozen) / parts * dims.frozen_networks
     for teacher in (dims.frozen_teacher, dims.followed):
         compared += 0 if teacher is None else s * teacher.parameters / parts
+    if dims.stored_targets:  # prototypes of the teacher, about as many as the student's
+        compared += s * (_prototype_scalars(dims) + _patch_prototype_scalars(dims))
     if setup.offload_optimizer:
         states = average = 0
     return {
@@ -204,15 +206,15 @@ def _teacher_forward(dims: Dims, setup: Setup) -> Terms:
     if not dims.prototypes:  # nobody asks it
         return {}
     s, images, teacher = setup.weight_bytes, setup.micro_batch_size, dims.of_targets
-    block = widest(teacher, setup, tokens=teacher.global_tokens)
+    block = 0.0 if dims.stored_targets else widest(teacher, setup, tokens=teacher.global_tokens)
     if teacher is not dims:  # the inputs of the block and of its MLP
         block += 2 * s * images * teacher.global_tokens * teacher.embed_dim
     prototypes = (2 if setup.bf16 else 1) * FP32 * _prototype_scalars(teacher)
-    pixels = s * images * dims.global_pixels if setup.bf16 else 0
+    pixels = s * images * dims.global_pixels if setup.bf16 and block else 0
     return {
         "activations": pixels + max(block, prototypes),
         "loss": _targets(dims, setup),
-        "buffers": _gathered(dims, setup, during="teacher"),
+        "buffers": _gathered(dims, setup, during="teacher") if block else 0,
     }
 
 
