@@ -155,6 +155,59 @@ statistics follow the images. A teacher with learned positions under a
 mixture of sizes is resized to the largest one and from there to each; the log says what that
 changes of its features, which is nothing if the largest is the size of the weights.
 
+### Several students of one teacher
+
+```bash
+torchrun --nproc-per-node 8 -m dinoscale embed --targets vit_s16 targets/ \\
+  distill.teacher=runs/first data.train=/data/images
+CUDA_VISIBLE_DEVICES=0,1,2,3 torchrun --nproc-per-node 4 -m dinoscale train vit_s16 \\
+  distill.targets=targets/ data.train=/data/images run_dir=runs/student_a
+CUDA_VISIBLE_DEVICES=4,5,6,7 torchrun --nproc-per-node 4 --master-port 29501 -m dinoscale train \\
+  vit_s16 distill.targets=targets/ data.train=/data/images run_dir=runs/student_b optim.lr=0.001
+```
+
+The first command takes the configuration of a student with `distill.teacher`, walks its steps, and
+stores what the teacher finds in the crops of each. Any number of students then learn from the
+folder, at the same time or not, each a job of its own with its optimizer, average and checkpoints:
+`distill.targets` stands in place of `distill.teacher`, and the rest of the section stays as it was.
+No job builds the teacher, or waits for it; `plan` counts none. Why one job does not hold several
+students is said in [dinoscale](../dinoscale/README.md#several-students-are-several-jobs).
+
+Of heads the folder has what meets the prototypes, in float32, and the prototypes: temperature,
+centering and Sinkhorn-Knopp act in each student as ever. Without heads it has the features, in
+`engine.precision`. A student is bit for bit that of the live teacher, as tests show, where both
+multiply the same shapes: with the micro-batches of the folder, on any number of ranks, in float32
+also at stage 3. With other micro-batches it is the same up to rounding. A run may go on
+with its teacher's targets where it began with the teacher, and the other way round.
+
+Students share whatever decides the crops, and a run that differs is refused by name: `seed`,
+`train.batch_size`, the images and how many are drawn, `crops`, `augment`, `engine.precision`, for
+patches `model.patch_size` and what `ibot` draws, and no more steps than are stored. They
+differ in anything else: backbone, adapters, rates, momentum, temperatures, micro-batch, ZeRO stage,
+ranks. Mixed sizes of crops are stored as they are drawn; of a run of phases add `phase=NAME`. A
+Gram loss, `train.micro_batch_size=auto` and `train.max_rollbacks` do not go with stored targets.
+Each file has a checksum, read when its steps come near, and each micro-batch is compared with the
+images and crops that the targets are of. A killed command goes on where it was when it is started
+again; ranks share each step, and their number changes no byte as long as micro-batches stay as
+large.
+
+Bytes of an image in an epoch, and of ImageNet-1k's 1.28 M; what it takes is said before it begins,
+and a disk with less space is refused:
+
+| stored | kB per image | GB per epoch |
+| --- | --- | --- |
+| class tokens of heads, bottleneck 256 | 2 | 3 |
+| with patches, 16 x 16 of a crop, `ibot.mask_prob=0.5` | 81 | 104 |
+| the same, `ibot.mask_prob=1.0` | 160 | 205 |
+| class features, width 1024, bf16 | 4 | 5 |
+| with patch features, 14 x 14, the same grid as the teacher's | 807 | 1030 |
+| the same, resized from another grid (float32) | 1610 | 2060 |
+
+It pays where a teacher is much larger than its students, or there are several: the teacher's
+forward, which costs more than a small student's whole step, is taken once. It does not pay for one
+student, whose teacher fits beside it, or where the disk reads fewer bytes than images per second
+times the table's. K epochs take K times the space, and all students see the crops of one seed.
+
 ## Staying near released weights
 
 With `anchor.class_weight` or `anchor.patch_weight` above 0, features of the student's global crops

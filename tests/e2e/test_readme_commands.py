@@ -77,6 +77,7 @@ MORE: dict[str, list[str]] = {
     "evaluate discover": ["--size", "32"],
     "evaluate correspond": ["--size", "32"],
     "embed": shlex.split(f"{_FEW} --resize 32 --crop 32"),
+    "embed --targets": _SMALL,
     "evaluate copies": ["--size", "32", *shlex.split(_FEW)],
     "data build-shards": ["--workers", "1"],
     "data verify-shards": ["--workers", "1"],
@@ -102,7 +103,7 @@ def _words(command: str) -> list[str]:
     words = shlex.split(command)
     if words[0] == "evaluate" and "--head" in words:  # which has the settings of its training
         return [*words, *shlex.split(_FEW)]
-    more = MORE.get(words[0], MORE.get(" ".join(words[:2]), []))
+    more = MORE.get(" ".join(words[:2]), MORE.get(words[0], []))
     return [*words, *more]
 
 
