@@ -118,6 +118,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("train", _run(root / "source", stop=1, model=LARGE, **HEADS), ""),
         ("write", _student(root, "unused", "first"), str(root / "targets")),
         ("write", _student(root, "unused", "features"), str(root / "targets_features")),
+        ("write", _student(root, "unused", "second"), str(root / "targets_sharded")),
     ]
     for pair in PAIRS:
         targets = "targets_features" if pair == "features" else "targets"
@@ -366,3 +367,44 @@ def test_a_run_goes_on_with_the_targets_of_its_own_teacher_only(root: Path, tmp_
     _open(root, "first", go_on=root / "resumed")
     with pytest.raises(ConfigError, match=r"^distill.targets: the run of .* weights are others"):
         _open(root, "first", targets=str(other), go_on=root / "resumed")
+
+
+def test_a_teacher_in_partitions_writes_the_same_bytes(root: Path) -> None:
+    assert _written(root / "targets_sharded") == _written(root / "targets")
+
+
+def test_targets_of_mixed_sizes_are_those_of_each_step(root: Path, tmp_path: Path) -> None:
+    from dinoscale.runtime.launcher_env import read_process
+    from dinoscale.training.feed import Feed, open_images
+    from dinoscale.training.targets.read import TargetReader, open_targets
+    from dinoscale.training.targets.write import write_targets
+
+    mixture = [
+        {"weight": 0.5, "global_size": size, "local_size": 16, "gram_crop_size": None}
+        for size in (48, 32)
+    ]
+    crops = {"crops": {"global_size": 48, "local_size": 16, "mixture": mixture}}
+    live, config = (
+        tiny_config(**_student(root, "unused", "first", targets=targets, **crops)).model_copy(
+            update={"seed": 2}  # draws both sizes
+        )
+        for targets in (None, str(tmp_path))
+    )
+    process = read_process({})
+    write_targets(live, process, tmp_path, shard_steps=SHARD_STEPS)
+    source = open_images(config)
+    plan = resolve(config, world_size=1, num_images=len(source))
+    opened = open_targets(config, plan, source.identity())
+    assert opened is not None
+    reader = TargetReader(opened, config, plan, process)
+    feed = Feed(config, plan, process, source, depth=2, targets=reader)
+    sizes = set()
+    for step, batches in enumerate(feed.steps(0, offset=0)):
+        for index, batch in enumerate(batches):
+            found = feed.finish(step, index, batch)
+            sizes.add(found.global_crops.shape[-1])
+            assert found.stored is not None
+            assert found.masks is not None
+            assert found.stored.patches is not None
+            assert len(found.stored.patches) == len(found.masks.rows)
+    assert sizes == {32, 48}
