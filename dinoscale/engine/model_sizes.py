@@ -224,7 +224,6 @@ def dims_of(config: RunConfig) -> Dims:
 
     def of_size(run: RunConfig) -> Dims:
         dims = _dims_of_size(run, network)
-        if teacher is None:
         by_heads = run.distill.by_heads
         tracks = by_heads and any(True for _ in network.buffers())  # as in `Teacher`
         if teacher is None:
