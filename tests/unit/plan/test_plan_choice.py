@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 
 from dinoscale.config import parse_config
-from dinoscale.engine.model_sizes import Dims, dims_of, dropped_flops, flops_of
+from dinoscale.engine.model_sizes import Dims, dims_of, flops_of
 from dinoscale.errors import ConfigError
 from dinoscale.planning.plan.communication import Links, Transfer, transfers, waited_s
+from dinoscale.planning.plan.dropped_branches import dropped_flops
 from dinoscale.planning.plan.hardware import GPUS, find_gpu, parse_bytes
 from dinoscale.planning.plan.partition import Setup
 from dinoscale.planning.plan.report import make_plan
