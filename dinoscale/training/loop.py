@@ -55,6 +55,7 @@ from dinoscale.training.hooks.measurements import Measurements
 from dinoscale.training.hooks.measuring import Measuring
 from dinoscale.training.hooks.metrics import Metrics, Stopwatch, peak_memory_bytes
 from dinoscale.training.hooks.online_knn import OnlineKnn
+from dinoscale.training.hooks.online_rank import OnlineRank
 from dinoscale.training.hooks.setting_names import as_set_here
 from dinoscale.training.resume import find_checkpoint, restore
 from dinoscale.training.targets.read import TargetFolder, TargetReader
@@ -89,6 +90,7 @@ class Run:
         teacher: Teacher,
         online_knn: OnlineKnn | None,
         held_out: HeldOut | None,
+        online_rank: OnlineRank | None,
         stop: StopRequest,
         watchdog: Watchdog,
         checkpoint: Checkpoint | None,
@@ -121,6 +123,7 @@ class Run:
             *(config, Measuring(process, watchdog, stop, self.events), online_knn, held_out),
             *(self.events, self.metrics),
             warns=is_first,
+            online_rank=online_rank,
         )
         self.bad = BadSampleLog(self.run_dir / "bad_samples.jsonl", writes=is_first)
         self.pending_bad: list[Any] = []

@@ -61,6 +61,7 @@ from dinoscale.training.feed import open_images
 from dinoscale.training.hooks.events import Events
 from dinoscale.training.hooks.held_out import HeldOut
 from dinoscale.training.hooks.online_knn import OnlineKnn, drawn_images_caution
+from dinoscale.training.hooks.online_rank import online_rank
 from dinoscale.training.loop import Run
 from dinoscale.training.micro_batch.search import find_micro_batch
 from dinoscale.training.phases import (
@@ -299,6 +300,7 @@ def _build(
         teacher,
         online_knn,
         held_out,
+        online_rank(config, source),
         stop,
         watchdog,
         checkpoint,

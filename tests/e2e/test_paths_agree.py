@@ -26,6 +26,7 @@ def _losses(run_dir: Path, *, colors: str) -> np.ndarray:
         train__stop_after_steps="null",
         log__every_steps=1,
         checkpoint__every_epochs=1000,
+        eval__rank_images=0,
         crops__global_size=32,
         crops__local_size=16,
         crops__num_local=4,

@@ -2,11 +2,14 @@
 
 from pydantic import Field, model_validator
 
-from dinoscale.config.sections.fields import Count, Counts, PathText, Section
+from dinoscale.config.sections.fields import Count, CountOrZero, Counts, PathText, Section
 
 
 class EvalConfig(Section):
-    """Online k-NN accuracy on labelled images; off while `train` and `test` are null."""
+    """Online k-NN accuracy on labelled images; off while `train` and `test` are null.
+
+    A run without it and without a guard can measure RankMe, which needs no labels.
+    """
 
     train: PathText | None = Field(default=None, description="Labelled images of the neighbours.")
     test: PathText | None = Field(default=None, description="Labelled images to classify.")
@@ -20,6 +23,14 @@ class EvalConfig(Section):
     k: Count = Field(default=20, description="Neighbours that vote. Source: [P] section 3.2.")
     batch_size: Count = Field(
         default=64, description="Images per rank in one forward pass. Source: [D]."
+    )
+    rank_images: CountOrZero = Field(
+        default=0,
+        description="Without eval.train and without a guard: how many training images, a fixed "
+        "choice, have their RankMe and alpha-ReQ measured every every_epochs, at one forward of "
+        "the teacher's backbone each; of a mixture those of the first source. RankMe is at most "
+        "this. 0: none. Nothing is measured where images are streamed, as none are stored to "
+        "choose from. 512 in the presets. [D].",
     )
 
     @model_validator(mode="after")

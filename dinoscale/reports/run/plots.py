@@ -91,6 +91,7 @@ def _plot_specs(record: Record) -> list[_PlotSpec]:
         ),
         _PlotSpec("patch_knn_top1", PATCH_KNN, dots=True),
         _PlotSpec("rankme", "RankMe of the teacher's features, directions", dots=True),
+        _PlotSpec("alpha_req", "alpha-ReQ of the teacher's features", dots=True),
         _PlotSpec(
             "guard_rankme",
             GUARD["guard_rankme"],

@@ -61,6 +61,7 @@ NUMBERS = (
     "knn_top1",
     "patch_knn_top1",
     "rankme",
+    "alpha_req",
     "guard_rankme",
     "guard_lidar",
     "guard_alpha_req",

@@ -18,13 +18,13 @@ from dinoscale.data.sources.mixture import require_few_left_out
 from dinoscale.data.sources.source import StoredSource
 from dinoscale.data.sources.subset import SubsetSource
 from dinoscale.errors import DataError, NonFiniteError
-from dinoscale.evaluate.features import extract_unlabelled
 from dinoscale.evaluate.label_free.agreement import agreement, nearest
-from dinoscale.evaluate.label_free.spectrum import Scatter, alpha_req, lidar, rankme
+from dinoscale.evaluate.label_free.spectrum import Scatter, lidar
 from dinoscale.evaluate.label_free.view_features import extract_views, view_crops
 from dinoscale.runtime import distributed
 from dinoscale.runtime.opening import on_first_rank
 from dinoscale.runtime.outputs import write_tensors
+from dinoscale.training.hooks.online_rank import extract, of_spectrum
 
 log = logging.getLogger(__name__)
 
@@ -113,18 +113,7 @@ class HeldOut:
         """
         config = self._config
         try:
-            features, numbers = extract_unlabelled(
-                backbone,
-                self._source,
-                resize=config.eval.resize,
-                crop=config.eval.crop,
-                mean=config.data.mean,
-                std=config.data.std,
-                batch_size=config.eval.batch_size,
-                device=device,
-                num_workers=config.data.num_workers,
-                on_batch=on_batch,
-            )
+            features, numbers = extract(config, backbone, self._source, device, on_batch)
             views = self._views(backbone, device, on_batch)
         except NonFiniteError:  # on every rank
             if starts and distributed.rank() == 0:
@@ -167,9 +156,7 @@ class HeldOut:
     ) -> dict[str, float]:
         if len(features) < 2:
             raise DataError(f"the guard compares images, and {len(features)} can be read")
-        found = {"rankme": rankme(features)}
-        alpha = alpha_req(features)
-        found |= {} if alpha is None else {"alpha_req": alpha}
+        found = of_spectrum(features)
         if views is not None:
             found |= {"lidar": lidar(views), "lidar_views": float(views.num_views)}
         neighbours = nearest(features, numbers, num_images=len(self._source)).cpu()

@@ -1,4 +1,4 @@
-"""What is measured of the teacher during a run: k-NN, and the guard's held-out images."""
+"""What is measured of the teacher during a run: k-NN, the guard's images, else the rank."""
 
 import logging
 from dataclasses import replace
@@ -21,6 +21,7 @@ from dinoscale.training.hooks.held_out import HeldOut
 from dinoscale.training.hooks.measuring import Measuring
 from dinoscale.training.hooks.metrics import Metrics
 from dinoscale.training.hooks.online_knn import OnlineKnn
+from dinoscale.training.hooks.online_rank import OnlineRank
 
 log = logging.getLogger(__name__)
 
@@ -70,10 +71,11 @@ class Measurements:
         metrics: Metrics,
         *,
         warns: bool,
+        online_rank: OnlineRank | None = None,
     ) -> None:
         """Args: parts of the run; `warns` on the rank that logs warnings."""
         self._config, self._measuring, self._warns = config, measuring, warns
-        self._online_knn, self._held_out = online_knn, held_out
+        self._online_knn, self._held_out, self._online_rank = online_knn, held_out, online_rank
         self._events, self._metrics = events, metrics
         self.last: dict[str, float] = {}
 
@@ -134,6 +136,8 @@ class Measurements:
         """
         known, held_out, measure = progress.guarded, self._held_out, self._config.guard.measure
         knn = due.knn and progress.knn_top1 is None
+        if due.knn and self._online_rank is not None:  # no checkpoint knows of it
+            knn = not distributed.broadcast_object(self._metrics.has(progress.step, "rankme"))
         if held_out is None:
             guard = False
         elif known is None or starts(known, held_out.images, held_out.identity):
@@ -147,8 +151,14 @@ class Measurements:
         return due._replace(knn=knn, guard=guard)
 
     def take(self, progress: Progress, teacher: Teacher, due: Due) -> bool:
-        """Measure what is due; `progress` gets what is found. Return whether anything was."""
+        """Measure what is due; `progress` gets what is found. Return whether anything was.
+
+        The rank of a run that is measured no other way is due with k-NN, and `progress` does not
+        get it.
+        """
         found = False
+        if due.knn and self._online_rank is not None:  # and neither of the others
+            self._measure_rank(self._online_rank, progress, teacher)
         if due.knn and self._online_knn is not None:
             found = self._measure_knn(self._online_knn, progress, teacher)
         if due.guard and self._held_out is not None:  # after k-NN, which the guard may judge
@@ -172,6 +182,12 @@ class Measurements:
         self._metrics.write(done, {**self._images(progress), **values})
         self._metrics.say(f"step {done}: k-NN top-1 of the teacher {top1:.1f} %")
         return True
+
+    def _measure_rank(self, online_rank: OnlineRank, progress: Progress, teacher: Teacher) -> None:
+        done = progress.step
+        found = self._measuring.attempt("RankMe", online_rank.measure, teacher, done)
+        if found is not None:
+            self._metrics.write(done, {**self._images(progress), **found})
 
     def _measure_held_out(self, held_out: HeldOut, progress: Progress, teacher: Teacher) -> bool:
         """Measure the images of the guard, and judge; a fall is an event once until it ends."""

@@ -87,6 +87,16 @@ class Metrics:
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
 
+    def has(self, step: int, name: str) -> bool:
+        """Whether a line of `step` has a value of this name."""
+        if not self._active:
+            return False
+        try:
+            lines = self._path.read_bytes().splitlines()
+        except OSError:  # not there yet, or not readable now: what is due is measured again
+            return False
+        return any(_step_of(line) == step and name in json.loads(line) for line in lines)
+
     def rewind(self, step: int) -> None:
         """Go back to `step`: drop the lines after it and move the bar."""
         if not self._active:
