@@ -30,7 +30,8 @@ class EvalConfig(Section):
         "choice, have their RankMe and alpha-ReQ measured every every_epochs, at one forward of "
         "the teacher's backbone each; of a mixture those of the first source. RankMe is at most "
         "this. 0: none. Nothing is measured where images are streamed, as none are stored to "
-        "choose from. 512 in the presets. [D].",
+        "choose from. At stage 3 every GPU holds a whole copy of the backbone in the compute dtype "
+        "meanwhile. 512 in the presets, but 0 for 7B. [D].",
     )
 
     @model_validator(mode="after")
