@@ -87,6 +87,9 @@ def test_augmentation_defaults_are_the_published_pipeline() -> None:
 
 def test_vanilla_preset_is_the_defaults() -> None:
     vanilla = load_config("vit_s16_vanilla100")
+    assert vanilla.eval.rank_images == 512  # looks on
+    plain = vanilla.eval.model_copy(update={"rank_images": 0})
+    vanilla = vanilla.model_copy(update={"eval": plain})
     assert vanilla == RunConfig(run_dir="runs/vit_s16_vanilla100")
     assert (vanilla.train.epochs, vanilla.train.batch_size) == (100, 512)
     assert (vanilla.crops.num_local, vanilla.dino.teacher_temp) == (8, 0.04)
@@ -239,6 +242,7 @@ def test_vit_b_of_dinov3_takes_from_other_presets_what_it_says() -> None:
             for key in ("betas", "layer_decay", "clip_grad")
         },
         "train.steps_per_epoch": recipe.train.steps_per_epoch,
+        "eval.rank_images": recipe.eval.rank_images,
     }
     of_phases: list[dict[str, object]] = [
         {
