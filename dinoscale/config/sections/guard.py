@@ -49,8 +49,8 @@ class GuardConfig(Section):
         description="Augmented views of each of these images that LiDAR compares, always the same; "
         "0: no LiDAR, which costs as many forwards of each image as it has views, where all else "
         "costs one. Published are 50 views of 1,000 images; `dinoscale evaluate rank` takes them. "
-        "Each GPU holds up to 16 bytes x (num_images + width) x width of the backbone meanwhile, "
-        "0.05 GB for 2,048 and 1,024; at most 131,072 views in all. [D].",
+        "Each GPU holds up to 12 bytes x num_images x lidar_views x width of the backbone "
+        "meanwhile, 0.1 GB for 2,048 x 4 x 1,024; at most 131,072 views in all. [D].",
     )
     measure: Literal["rankme", "lidar", "knn_top1"] = Field(
         default="rankme",

@@ -30,7 +30,6 @@ from dinoscale.evaluate.label_free.spectrum import (
     ALPHA_LAST,
     LIDAR_DELTA,
     RANKME_IMAGES,
-    Scatter,
     alpha_req,
     lidar,
     rankme,
@@ -135,13 +134,13 @@ def _measure(
     score = {"rankme": distributed.together(partial(rankme, features))}
     alpha = distributed.together(partial(alpha_req, features))
     if samples.views:
-        views = _scatter(extractor, source, samples)
-        if len(views.means) < 2:
+        views = _view_features(extractor, source, samples)
+        if len(views) < 2:
             raise DataError(
-                f"LiDAR compares images, and {len(views.means)} of the {len(source)} can be read;"
-                " leave it out with --views 0"
+                f"LiDAR compares images, and {len(views)} of the {len(source)} can be read; leave"
+                " it out with --views 0"
             )
-        counts["lidar_images"] = len(views.means)
+        counts["lidar_images"] = len(views)
         score["lidar"] = distributed.together(partial(lidar, views))
     return score, alpha, counts
 
@@ -161,12 +160,12 @@ def _some(source: StoredSource, images: int) -> StoredSource:
     return source if len(source) <= images else SubsetSource(source, images=images)
 
 
-def _scatter(extractor: FeatureExtractor, source: StoredSource, samples: Samples) -> Scatter:
-    """How features of views of the readable ones of some images differ."""
+def _view_features(extractor: FeatureExtractor, source: StoredSource, samples: Samples) -> Tensor:
+    """Features of views of the readable ones of some images, (n, q, D)."""
     options, some = extractor.options, _some(source, samples.lidar_images)
 
     def extract() -> tuple[Tensor, Tensor]:
-        found = extract_views(
+        views = extract_views(
             extractor.backbone,
             some,
             multi_crop=_crops(extractor),
@@ -178,14 +177,10 @@ def _scatter(extractor: FeatureExtractor, source: StoredSource, samples: Samples
             num_workers=options.num_workers,
             progress=options.progress,
         )
-        return torch.cat((found.means, found.within)), torch.arange(len(found.means))
+        return views, torch.arange(len(views))
 
     taken = f"views of {len(some)} images, {_lidar_protocol(extractor, samples)}"
-    rows, numbers = extractor.cached(
-        source, extract, taken=taken, images=len(some), module=__name__
-    )
-    means, within = rows.split([len(numbers), len(rows) - len(numbers)])
-    return Scatter(means, within, samples.views)
+    return extractor.cached(source, extract, taken=taken, images=len(some), module=__name__)[0]
 
 
 def _crops(extractor: FeatureExtractor) -> MultiCrop:

@@ -7,14 +7,13 @@ Shape letters: N images, n images of which q views each are taken, D width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 RANKME_IMAGES = 25_000  # Garrido et al. 2023, section 3
 ALPHA_FIRST, ALPHA_LAST = 10, 100  # eigenvalues that the slope is fitted to, counted from 1
 ALPHA_LEAST = 10  # of them; fewer give no slope
+_ROWS = 2**12  # views in float64 at once
 LIDAR_DELTA = 1e-4  # added to the diagonal of the covariance within images; Thilak et al. 2024
 
 
@@ -68,37 +67,7 @@ def alpha_req(features: Tensor) -> float | None:
     return -float((x @ y) / (x @ x))
 
 
-@dataclass(frozen=True, eq=False)
-class Scatter:
-    """How views of images differ, within each image and between them.
-
-    Attributes:
-        means: of the views of each image, (n, D) float64.
-        within: sum over all views of (x - mean)(x - mean)^T, with the mean of the view's image,
-            (D, D) float64; those of parts of the images add up.
-        num_views: q, of each image.
-    """
-
-    means: Tensor
-    within: Tensor
-    num_views: int
-
-
-def scatter_of(views: Tensor) -> Scatter:
-    """The scatter of views (n, q, D), any float dtype.
-
-    Raises:
-        ValueError: there are none, or a feature is not finite.
-    """
-    if views.ndim != 3:
-        raise ValueError(f"need views (n, q, D), got {[*views.shape]}")
-    x = _checked(views.flatten(0, 1)).view(views.shape)
-    means = x.mean(dim=1)
-    rest = (x - means[:, None]).flatten(0, 1)
-    return Scatter(means, rest.T @ rest, views.shape[1])
-
-
-def lidar(views: Scatter, *, delta: float = LIDAR_DELTA) -> float:
+def lidar(views: Tensor, *, delta: float = LIDAR_DELTA) -> float:
     """Effective rank of what tells images apart, beyond how views of an image differ.
 
     S_b = mean over i of (mu_i - mu)(mu_i - mu)^T
@@ -109,20 +78,26 @@ def lidar(views: Scatter, *, delta: float = LIDAR_DELTA) -> float:
     added to p; 0 log 0 is 0.
 
     Args:
-        views: of n images, n, q >= 2.
+        views: (n, q, D), any float dtype; n, q >= 2.
         delta: > 0, in squared units of a feature.
 
     Returns:
         From 1 to min(n - 1, D), and 0 if all images have one mean.
 
     Raises:
-        ValueError: there are fewer images or views.
+        ValueError: there are fewer images or views, or a feature is not finite.
     """
-    n, q = len(views.means), views.num_views
-    if min(n, q) < 2 or not delta > 0:
-        raise ValueError(f"need n, q >= 2 and delta > 0; got {n}, {q} and {delta}")
-    within, axes = torch.linalg.eigh(views.within / (n * q))
-    whitened = _centered(views.means) @ axes / (within.clamp(min=0) + delta).sqrt()
+    if views.ndim != 3 or min(views.shape[:2]) < 2 or not delta > 0:
+        raise ValueError(f"need (n, q, D), n, q >= 2 and delta > 0; got {[*views.shape]}, {delta}")
+    n, q, width = views.shape
+    means, scatter = [], views.new_zeros(width, width, dtype=torch.float64)
+    for some in views.split(max(1, _ROWS // q)):
+        x = _checked(some.flatten(0, 1)).view(some.shape)
+        means.append(x.mean(dim=1))
+        rest = (x - means[-1][:, None]).flatten(0, 1)
+        scatter += rest.T @ rest
+    within, axes = torch.linalg.eigh(scatter / (n * q))
+    whitened = _centered(torch.cat(means)) @ axes / (within.clamp(min=0) + delta).sqrt()
     return _effective_rank(_singular_values(whitened).square())
 
 

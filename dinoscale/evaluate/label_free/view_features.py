@@ -1,7 +1,5 @@
 """Features of augmented views of images, which LiDAR compares within and between images.
 
-Each rank keeps the means of its images and one matrix, never the features of all their views.
-
 Shape letters: n readable images, q views of each, M crops of a forward, C channels, H rows and
 columns, D width.
 """
@@ -9,7 +7,7 @@ columns, D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,8 +19,7 @@ from dinoscale.data.augmentation.multi_crop import MultiCrop
 from dinoscale.data.sources.source import Source
 from dinoscale.data.transfer import to_device
 from dinoscale.evaluate.across_ranks import over_ranks
-from dinoscale.evaluate.features import Forward, Part, require_finite
-from dinoscale.evaluate.label_free.spectrum import Scatter, scatter_of
+from dinoscale.evaluate.features import Forward, Part
 from dinoscale.evaluate.label_free.views import augmented_views
 from dinoscale.runtime import distributed
 
@@ -45,10 +42,10 @@ def extract_views(
     num_workers: int,
     progress: bool = False,
     on_batch: Callable[[], None] = lambda: None,
-) -> Scatter:
+) -> Tensor:
     """Run a backbone over augmented views of all undamaged images of a source.
 
-    All ranks of a job call it; each runs its share, and all get the scatter of the whole set. It
+    All ranks of a job call it; each runs its share, and all get the features of the whole set. It
     costs `num_views` forwards of an image.
 
     Args:
@@ -65,7 +62,7 @@ def extract_views(
         on_batch: called after each batch, to feed a watchdog.
 
     Returns:
-        The scatter of features, not normalised.
+        Features (n, q, D) float32, not normalised.
 
     Raises:
         NonFiniteError: a feature is not a finite number.
@@ -83,10 +80,8 @@ def extract_views(
     views = _Views(
         *(forward, source, multi_crop, num_views, tuple(mean), tuple(std)), images_at_once=at_once
     )
-    means, _ = over_ranks(views, num_images=len(source), batch_size=at_once)
-    none = means.new_zeros(means.shape[1], means.shape[1])  # of a rank without images
-    within = distributed.all_reduce_sum(sum(views.within, none))
-    return Scatter(means, within, num_views)
+    features, _ = over_ranks(views, num_images=len(source), batch_size=at_once)
+    return features
 
 
 @dataclass(frozen=True)
@@ -100,12 +95,11 @@ class _Views:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     images_at_once: int
-    within: list[Tensor] = field(default_factory=list)  # of the images so far, at most one
 
     def __call__(self, ids: NDArray[np.int64], check: Callable[[], None]) -> tuple[Tensor, Tensor]:
-        """Means (n, D) of the views of readable images, and the numbers of these (n,)."""
-        forward, parts = self.forward, self._parts(ids)
-        empty = forward.empty().double()
+        """Features (n, q, D) of the readable images, and their numbers (n,)."""
+        forward = self.forward
+        parts, empty = self._parts(ids), forward.empty(self.num_views)
         return forward.joined(
             parts, check, empty=empty, most=len(ids), of="view", of_each=self.num_views
         )
@@ -122,14 +116,8 @@ class _Views:
             rows = None
             if len(batch.ids):
                 found = self._features(batch.crops, batch.params)
-                rows = self._means(found.unflatten(0, (len(batch.ids), self.num_views)))
+                rows = found.unflatten(0, (len(batch.ids), self.num_views))
             yield Part(rows, batch.ids, self.num_views * (len(batch.ids) + len(batch.bad)))
-
-    def _means(self, features: Tensor) -> Tensor:
-        """Means (n, D) of features (n, q, D), whose scatter within images is added."""
-        scatter = scatter_of(require_finite(features))
-        self.within[:] = [sum(self.within, scatter.within)]
-        return scatter.means
 
     def _features(self, crops: Tensor, params: NDArray[np.void]) -> Tensor:
         """Features (M, D) of crops (M, H, H, C), at most a batch at a time."""

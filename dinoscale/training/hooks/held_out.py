@@ -19,7 +19,7 @@ from dinoscale.data.sources.source import StoredSource
 from dinoscale.data.sources.subset import SubsetSource
 from dinoscale.errors import DataError, NonFiniteError
 from dinoscale.evaluate.label_free.agreement import agreement, nearest
-from dinoscale.evaluate.label_free.spectrum import Scatter, lidar
+from dinoscale.evaluate.label_free.spectrum import lidar
 from dinoscale.evaluate.label_free.view_features import extract_views, view_crops
 from dinoscale.runtime import distributed
 from dinoscale.runtime.opening import on_first_rank
@@ -133,8 +133,11 @@ class HeldOut:
 
     def _views(
         self, backbone: nn.Module, device: torch.device, on_batch: Callable[[], None]
-    ) -> Scatter | None:
-        """How views differ, as those of `dinoscale evaluate rank`; None without LiDAR."""
+    ) -> Tensor | None:
+        """Features of views as those of `dinoscale evaluate rank`, (n, q, D); None without LiDAR.
+
+        n are the readable images, q views each, D is the width.
+        """
         config, num_views = self._config, self._config.guard.lidar_views
         if not num_views:
             return None
@@ -152,13 +155,13 @@ class HeldOut:
         )
 
     def _values(
-        self, features: Tensor, numbers: Tensor, views: Scatter | None, *, starts: bool
+        self, features: Tensor, numbers: Tensor, views: Tensor | None, *, starts: bool
     ) -> dict[str, float]:
         if len(features) < 2:
             raise DataError(f"the guard compares images, and {len(features)} can be read")
         found = of_spectrum(features)
         if views is not None:
-            found |= {"lidar": lidar(views), "lidar_views": float(views.num_views)}
+            found |= {"lidar": lidar(views), "lidar_views": float(views.shape[1])}
         neighbours = nearest(features, numbers, num_images=len(self._source)).cpu()
         if starts:
             self._start = neighbours

@@ -15,8 +15,9 @@ from dinoscale.data.augmentation.multi_crop import MultiCrop
 from dinoscale.data.sources.source import open_source
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.frozen_backbone import ExtractionOptions, load_extractor
+from dinoscale.evaluate.label_free import spectrum
 from dinoscale.evaluate.label_free.rank import Samples, evaluate_rank
-from dinoscale.evaluate.label_free.spectrum import Scatter, alpha_req, lidar, rankme, scatter_of
+from dinoscale.evaluate.label_free.spectrum import alpha_req, lidar, rankme
 from dinoscale.evaluate.label_free.views import SEED, augmented_views
 from tests.unit.evaluate.tiny_files import as_json, save_picture, save_weights
 
@@ -89,37 +90,37 @@ def _views(squares: tuple[float, ...], noise: Tensor) -> Tensor:
 def test_lidar_of_known_covariances() -> None:
     even = _views(SQUARES, torch.full((6,), 0.7).double())
     for delta in (1e-4, 0.3):
-        assert _lidar(even + 3, delta=delta) == pytest.approx(2**1.75, rel=1e-9)
+        assert lidar(even + 3, delta=delta) == pytest.approx(2**1.75, rel=1e-9)
     delta = 0.25
     # lambda_k = (a_k^2 / 4) / (noise_k^2 / 6 + delta), the same for all four
     noise = (6 * (torch.tensor([*SQUARES, 3.0, 9.0]).double() - delta)).sqrt()
-    assert _lidar(_views(SQUARES, noise), delta=delta) == pytest.approx(4, rel=1e-9)
+    assert lidar(_views(SQUARES, noise), delta=delta) == pytest.approx(4, rel=1e-9)
     turned = _views(SQUARES, noise) @ _orthonormal(6, 6)
-    assert _lidar(turned, delta=delta) == pytest.approx(4, rel=1e-9)
+    assert lidar(turned, delta=delta) == pytest.approx(4, rel=1e-9)
 
 
-def test_lidar_of_parts_is_that_of_all_views() -> None:
+def test_lidar_of_many_views_copies_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     views = torch.randn(40, 3, 5, generator=torch.Generator().manual_seed(0))
-    parts = [scatter_of(some) for some in views.split(13)]
-    means = torch.cat([part.means for part in parts])
-    within = torch.stack([part.within for part in parts]).sum(dim=0)
-    assert lidar(Scatter(means, within, 3)) == pytest.approx(_lidar(views), rel=1e-9)
+    whole, copied, checked = lidar(views), [], spectrum._checked
 
+    def counted(rows: Tensor) -> Tensor:
+        copied.append(len(rows))
+        return checked(rows)
 
-def _lidar(views: Tensor, **delta: float) -> float:
-    return lidar(scatter_of(views), **delta)
+    monkeypatch.setattr(spectrum, "_checked", counted)
+    monkeypatch.setattr(spectrum, "_ROWS", 13)
+    assert lidar(views) == pytest.approx(whole, rel=1e-9)
+    assert copied == [12] * 10
 
 
 def test_lidar_of_degenerate_features() -> None:
-    assert _lidar(torch.full((5, 3, 4), 0.3)) == 0
+    assert lidar(torch.full((5, 3, 4), 0.3)) == 0
     two = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0))
-    assert _lidar(two) == pytest.approx(1, rel=1e-9)
-    assert _lidar(two[:, :1].expand(2, 8, 5)) == pytest.approx(1, rel=1e-9)  # nothing within
-    for wrong in (torch.zeros(1, 3, 4), torch.zeros(3, 1, 4)):
+    assert lidar(two) == pytest.approx(1, rel=1e-9)
+    assert lidar(two[:, :1].expand(2, 8, 5)) == pytest.approx(1, rel=1e-9)  # nothing within
+    for wrong in (torch.zeros(1, 3, 4), torch.zeros(3, 1, 4), torch.zeros(3, 4)):
         with pytest.raises(ValueError, match="n, q >= 2"):
-            _lidar(wrong)
-    with pytest.raises(ValueError, match=r"need views \(n, q, D\)"):
-        _lidar(torch.zeros(3, 4))
+            lidar(wrong)
 
 
 @pytest.fixture(scope="module")
