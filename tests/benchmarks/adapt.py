@@ -84,7 +84,7 @@ def halves(shards: Path, out: Path) -> None:
                 continue
             part = target.with_suffix(".part")
             with tarfile.open(part, "w") as tar:
-                found = _samples(sorted(shards.glob(shards_of_split)))
+                found = samples(sorted(shards.glob(shards_of_split)))
                 of_half = (sample for sample in found if sample[2] in classes)
                 for name, jpeg, label in islice(of_half, IMAGES[split]):
                     _add(tar, f"{name}.jpg", jpeg)
@@ -92,7 +92,8 @@ def halves(shards: Path, out: Path) -> None:
             part.rename(target)
 
 
-def _samples(shards: Sequence[Path]) -> Iterator[tuple[str, bytes, int]]:
+def samples(shards: Sequence[Path]) -> Iterator[tuple[str, bytes, int]]:
+    """Name, JPEG and class of every image of CIFAR-10's shards, packed or not."""
     for path in shards:
         found: dict[str, dict[str, bytes]] = {}
         with tarfile.open(path) as tar:

@@ -65,10 +65,10 @@ def main(arguments: Sequence[str]) -> None:
 
 def _cifar(options: argparse.Namespace) -> dict[str, Any]:
     images, features, clusters = (options.out / name for name in ("images", "features", "clusters"))
-    labels, names = _unpacked(options.cifar10, images, ratio=options.ratio)
+    labels, names = unpacked(options.cifar10, images, ratio=options.ratio)
     if options.weights is not None:
         sizes = ["--resize", "32", "--crop", "32"]
-        _dinoscale("embed", options.weights, str(images), str(features), *sizes)
+        dinoscale("embed", options.weights, str(images), str(features), *sizes)
     elif not (features / "manifest.json").exists():
         pixels = np.stack([_pixels(images / name) for name in names])
         pixels -= pixels.mean(axis=0)
@@ -77,7 +77,7 @@ def _cifar(options: argparse.Namespace) -> dict[str, Any]:
         )
     found = _clustered(options, features, clusters)
     chosen = options.out / "balanced.txt"
-    record = _dinoscale("data", "balance", str(clusters), str(chosen), "--images", options.choose)
+    record = dinoscale("data", "balance", str(clusters), str(chosen), "--images", options.choose)
     return {
         "images": len(names),
         "of_classes": np.bincount(labels).tolist(),
@@ -88,7 +88,7 @@ def _cifar(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _unpacked(shards: Path, images: Path, *, ratio: float) -> tuple[list[int], list[str]]:
+def unpacked(shards: Path, images: Path, *, ratio: float) -> tuple[list[int], list[str]]:
     """Labels and names of the training images of skewed classes, written as `CLASS/KEY.jpg`."""
     left: dict[int, int] = {}
     labels, names = [], []
@@ -97,7 +97,8 @@ def _unpacked(shards: Path, images: Path, *, ratio: float) -> tuple[list[int], l
             left[label] -= 1
             path = images / str(label) / f"{key}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(picture)
+            if not path.exists():
+                path.write_bytes(picture)
             labels.append(label)
             names.append(f"{label}/{path.name}")
     return labels, names
@@ -161,7 +162,7 @@ def _drawn(images: int, width: int) -> Iterator[Block]:
 
 def _clustered(options: argparse.Namespace, features: Path, clusters: Path) -> dict[str, Any]:
     began = time.monotonic()
-    found = _dinoscale(
+    found = dinoscale(
         *("data", "cluster", str(features), str(clusters)),
         *("--levels", *options.levels),
         *("--iterations", options.iterations),
@@ -175,7 +176,7 @@ def _clustered(options: argparse.Namespace, features: Path, clusters: Path) -> d
     }
 
 
-def _dinoscale(*words: object) -> dict[str, Any]:
+def dinoscale(*words: object) -> dict[str, Any]:
     """What a command prints last."""
     command = [sys.executable, "-m", "dinoscale", *map(str, words)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
