@@ -145,7 +145,9 @@ def pixel_logistic(bank: Sequence[Path], test: Sequence[Path]) -> float:
     """The same regression on pixels, percent; the best penalty by the test set, so a high floor."""
     (rows, labels), (others, truth) = _pixels(bank), _pixels(test)
     mean = rows.mean(0)
-    rows, others = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (rows - mean, others - mean))
+    rows, others = (
+        x / np.linalg.norm(x, axis=1, keepdims=True) for x in (rows - mean, others - mean)
+    )
     tried = [fit_and_score(rows, labels, others, c=float(c), max_iter=300)[0] for c in CS]
     return round(max(100 * float((scores.argmax(1) == truth).mean()) for scores in tried), 1)
 
