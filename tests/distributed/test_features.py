@@ -317,7 +317,7 @@ def test_a_convnext_teaches_at_any_stage(followed: dict[str, dict[str, Any]]) ->
     whole, sharded = followed["convnext_0"], followed["convnext_3"]
     for name in ("loss", *TERMS):
         assert sharded[name] == pytest.approx(whole[name], rel=1e4 * EPS), name
-    assert whole["loss"][-1] < 0.8 * whole["loss"][0]
+    assert whole["loss"] == sorted(whole["loss"], reverse=True)  # it learns in every step
 
 
 @pytest.mark.parametrize("job", RESUMED)
