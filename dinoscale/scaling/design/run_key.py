@@ -23,6 +23,7 @@ NOT_IN_KEY = (
     "resume",
     "eval.every_epochs",  # the rest of eval.* does not affect training, but the online k-NN
     "eval.batch_size",
+    "eval.rank_images",  # a number beside the result
     "log",
     "checkpoint",
     "data.num_workers",  # an image is a function of seed and position, not of the worker

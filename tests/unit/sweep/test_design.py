@@ -165,6 +165,7 @@ def test_models_beyond_the_limits_are_left_out_by_name(tmp_path: Path) -> None:
         {"checkpoint__keep_last": 9},
         {"eval__every_epochs": 1},
         {"eval__batch_size": 3},
+        {"eval__rank_images": 3},
         {"engine__reduce_bucket_size": 2**20},
         {"engine__zero_stage": 3},
         {"engine__checkpoint_every_k_blocks": 1},
