@@ -3,17 +3,21 @@
 import logging
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch import nn
 
+from dinoscale.checkpoint.progress import Progress
 from dinoscale.config import list_presets, load_config
 from dinoscale.data.shards.stream import StreamSource
 from dinoscale.data.sources.mixture import open_sources
 from dinoscale.data.sources.source import open_source
 from dinoscale.data.sources.subset import SubsetSource
 from dinoscale.errors import DataError
+from dinoscale.training.due import Due
+from dinoscale.training.hooks.measurements import Measurements
 from dinoscale.training.hooks.metrics import Metrics
 from dinoscale.training.hooks.online_rank import OnlineRank, extract, of_spectrum, online_rank
 from tests.distributed.tiny_run import tiny_config
@@ -87,6 +91,23 @@ def test_images_of_which_none_can_be_read_cost_the_measurement(tmp_path: Path) -
     config = tiny_config(eval={"rank_images": 2, "crop": 16, "resize": 16})
     with pytest.raises(DataError, match="none of 2 training images can be read"):
         _measure(online_rank(config, open_source(str(tmp_path))))
+
+
+@pytest.mark.parametrize("due_now", [True, False])
+@pytest.mark.parametrize("written", [True, False])
+def test_a_start_measures_only_what_the_start_before_left_out(due_now: bool, written: bool) -> None:
+    metrics = MagicMock()
+    metrics.has.return_value = written
+    measurements = Measurements(
+        *(tiny_config(), MagicMock(), None, None, MagicMock(), metrics),
+        warns=False,
+        online_rank=MagicMock(),
+    )
+    due = Due(log=True, knn=due_now, guard=False, save=True)
+    # An accuracy of a start that had labels says nothing about the rank.
+    for accuracy in (None, 50.0):
+        progress = Progress(step=4, knn_top1=accuracy)
+        assert measurements.missing(progress, due).knn == (due_now and not written)
 
 
 def test_all_presets_but_the_largest_measure_it() -> None:
