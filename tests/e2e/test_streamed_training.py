@@ -45,6 +45,7 @@ def test_streamed_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, url: str)
         )  # fmt: skip
         done = dinoscale("train", "vit_t16", *run)
         assert done.returncode == 0, done.stderr
+        assert "RankMe is not measured, as the training images are streamed" in done.stderr
 
     train(tmp_path / "whole", workers=2)
     train(tmp_path / "parts", workers=0, train__stop_after_steps=3)
