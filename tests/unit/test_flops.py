@@ -12,10 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from dinoscale.config.load import parse_config
 from dinoscale.engine.build import build_networks
 from dinoscale.engine.flops import StepFlops, step_flops, vit_backward_flops, vit_forward_flops
-from dinoscale.engine.model_sizes import PatchDims, dims_of, dropped_flops, flops_of
+from dinoscale.engine.model_sizes import PatchDims, dims_of, flops_of
 from dinoscale.models.heads import DinoHead
 from dinoscale.models.network import DinoNetwork
 from dinoscale.models.zoo import build_backbone
+from dinoscale.planning.plan.dropped_branches import dropped_flops
 
 IMAGES = 3
 VIT = {"patch_size": 8, "embed_dim": 24, "depth": 2}

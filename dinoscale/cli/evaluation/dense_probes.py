@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _IMAGES = "images: a folder, a .txt list, or tar shards"
 # Options that --head leaves to the user, and what the parser adds.
 _WITH_HEAD = {
-    *("command", "run", "task", "weights", "network", "num_heads", "head"),
+    *("command", "run", "task", "weights", "network", "num_heads", "head", "fingerprint"),
     *("test", "test_masks", "test_depths", "data", "pictures", "batch_size", "num_workers"),
 }
 # Options of --protocol by their names, and of which protocols they are.

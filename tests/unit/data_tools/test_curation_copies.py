@@ -287,10 +287,10 @@ def test_test_sets_are_searched_whole_where_the_set_is_not(
     summary = _run(features, tmp_path / "kept.txt", against=(test,), way=_way(approximate=True))
     assert summary["copies"] == 0
     assert summary["similar_to_a_test"] >= 2
-    before = _way(approximate=True).settings
+    before = search.settings_of(_way(approximate=True))
     monkeypatch.setattr(search, "require_faiss", lambda: SimpleNamespace(__version__="2.0"))
-    assert _way(approximate=True).settings != before
-    assert _way().settings["faiss"] is None
+    assert search.settings_of(_way(approximate=True)) != before
+    assert search.settings_of(_way())["faiss"] is None
 
 
 def test_the_commands_embed_deduplicate_and_retrieve(

@@ -151,7 +151,7 @@ def test_bad_settings_are_refused_before_anything_is_written(tmp_path: Path, wei
     with pytest.raises(ConfigError, match="limit: need at least one image, got 0"):
         write_attention(weights, image, tmp_path / "out", limit=0)
     resnet = save_weights(tmp_path / "r.safetensors", "resnet50")
-    with pytest.raises(ConfigError, match="need a ViT, this is a ResNet"):
+    with pytest.raises(ConfigError, match="need a ViT, this is a ConvNet"):
         write_attention(resnet, image, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(DataError, match=r"cannot write to .*a\.png"):
