@@ -272,40 +272,61 @@ def _write_shard(
     bar: "tqdm[NoReturn]",
 ) -> None:
     """Write this rank's stripes of a shard, then on rank 0 its record."""
-    steps, plan = job.steps_of(shard), job.plan
+    # A forward at stage 3 is collective. An error in one leaves this function on its rank alone,
+    # and ends the others through the watchdog; to agree on it here would wait for them for ever.
+    found = _found(job, teacher, job.steps_of(shard), batches, bar)
+    own = distributed.together(lambda: _saved(job, shard, found))
+    of_ranks = distributed.gather_objects(own)
+    merged = {slot: entry for entries in of_ranks for slot, entry in entries.items()}
+    record = {
+        "first": job.steps_of(shard).start,
+        "stop": job.steps_of(shard).stop,
+        "arrays": dict(sorted(merged.items(), key=lambda pair: int(pair[0]))),
+    }
+    distributed.together(lambda: _add(job, shard, record))
 
-    def written() -> dict[str, Any]:
-        found: list[dict[str, Tensor]] = [{} for _ in range(plan.accumulation_steps)]
+
+def _found(
+    job: _Job,
+    teacher: FrozenTeacher[Any],
+    steps: range,
+    batches: Iterator[list[Batch]],
+    bar: "tqdm[NoReturn]",
+) -> list[dict[str, Tensor]]:
+    """What the teacher finds in this rank's micro-batches of some steps, by their index in a step.
+
+    Raises:
+        RunFailedError: on this rank, if a forward needs more memory than there is.
+    """
+    plan = job.plan
+    found: list[dict[str, Tensor]] = [{} for _ in range(plan.accumulation_steps)]
+    try:
         for step in steps:
             for index, batch in enumerate(next(batches)):
                 found[index] |= _stored(job, teacher, step, index, batch).named(step)
                 bar.update(plan.micro_batch_size * plan.world_size)
-        names = [stripe_name(shard, job.slot(index)) for index in range(len(found))]
-        with writing_into(job.folder.path):
-            return {
-                str(job.slot(index)): _save(tensors, job.folder.path / names[index])
-                for index, tensors in enumerate(found)
-            }
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise RunFailedError(
+            f"a forward of the teacher over {plan.micro_batch_size} images needs more memory than "
+            f"available ({str(error).split('. ')[0]}); lower train.micro_batch_size"
+        ) from error
+    return found
 
-    def in_memory() -> dict[str, Any]:
-        try:
-            return written()
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise RunFailedError(
-                f"a forward of the teacher over {plan.micro_batch_size} images needs more memory "
-                f"than available ({str(error).split('. ')[0]}); lower train.micro_batch_size"
-            ) from error
 
-    own = distributed.together(in_memory)
-    of_ranks = distributed.gather_objects(own)
-    merged = {slot: entry for entries in of_ranks for slot, entry in entries.items()}
-    record = {
-        "first": steps.start,
-        "stop": steps.stop,
-        "arrays": dict(sorted(merged.items(), key=lambda pair: int(pair[0]))),
-    }
-    is_first = job.process.rank == 0
-    distributed.together(lambda: job.folder.add(shard, record) if is_first else None)
+def _saved(job: _Job, shard: int, found: list[dict[str, Tensor]]) -> dict[str, Any]:
+    """Write this rank's stripes of a shard; their entries by slot."""
+    entries = {}
+    with writing_into(job.folder.path):
+        for index, tensors in enumerate(found):
+            slot = job.slot(index)
+            entries[str(slot)] = _save(tensors, job.folder.path / stripe_name(shard, slot))
+    return entries
+
+
+def _add(job: _Job, shard: int, record: dict[str, Any]) -> None:
+    """Declare a shard finished, on rank 0."""
+    if job.process.rank == 0:
+        job.folder.add(shard, record)
 
 
 @torch.no_grad()

@@ -1,0 +1,67 @@
+"""What goes wrong while the outputs of a frozen teacher are stored, and what is written then."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dinoscale.config import RunConfig
+from dinoscale.engine.build import InitialWeights, shapes_only
+from dinoscale.errors import DataError
+from dinoscale.runtime.launcher_env import read_process
+from dinoscale.runtime.watchdog import Watchdog
+from dinoscale.training.targets import write
+from tests.distributed.tiny_run import dinov2, tiny_config
+from tests.harness import RankFailedError, run_distributed
+
+IMAGES, STEPS, SHARD_STEPS = 8, 3, 2
+SHAPES = f"synthetic:shapes?images={IMAGES}&size=40"
+
+
+def _config(*, stage: int = 0, data: dict[str, Any] | None = None) -> RunConfig:
+    """A student of a teacher like itself."""
+    sections = dinov2("sinkhorn_knopp", patch_head=True, koleo={"loss_weight": 0.0})
+    train = {"batch_size": 4, "micro_batch_size": 1, "epochs": 2, "stop_after_steps": STEPS}
+    return tiny_config(
+        **sections,
+        train=train,
+        data={"train": SHAPES, "num_workers": 0} | (data or {}),
+        distill={"teacher": "weights"},
+        engine={"zero_stage": stage, "precision": "fp32"},
+    )
+
+
+def _random_teacher(config: RunConfig, *_: Any) -> InitialWeights:
+    """In place of weights that are read."""
+    generator = torch.Generator().manual_seed(1)
+    parts: dict[str, dict[str, torch.Tensor]] = {"backbone": {}, "head": {}, "patch_head": {}}
+    for name, value in shapes_only(config.of_teacher).state_dict().items():
+        part, _, key = name.partition(".")
+        parts[part][key] = torch.randn(value.shape, generator=generator)
+    return InitialWeights(**parts, identity=64 * "1")
+
+
+def fail_on_one_rank(out: str) -> None:
+    """Rank 1 loses the images of its second forward, which is collective."""
+    process, finish, forwards = read_process(os.environ), write.finish_batch, 0
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        nonlocal forwards
+        forwards += 1
+        if process.rank == 1 and forwards == 2:
+            raise DataError("the disk of the images is gone")
+        return finish(*arguments, **options)
+
+    write.read_frozen_teacher, write.finish_batch = _random_teacher, fail
+    watchdog = Watchdog(timeout_s=600, hosts=["a", "b"], launched=False, ask_to_stop=print)
+    with watchdog.sharing_failure():
+        write.write_targets(_config(stage=3), process, out)
+
+
+@pytest.mark.distributed
+def test_an_error_of_one_rank_within_a_shard_ends_all_of_stage_3(tmp_path: Path) -> None:
+    function = f"{__name__}:fail_on_one_rank"
+    with pytest.raises(RankFailedError, match="the disk of the images is gone"):
+        run_distributed(function, world_size=2, timeout_s=60, out=str(tmp_path / "targets"))
