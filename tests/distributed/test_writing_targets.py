@@ -1,11 +1,13 @@
 """What goes wrong while the outputs of a frozen teacher are stored, and what is written then."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from dinoscale.config import RunConfig
 from dinoscale.engine.build import InitialWeights, shapes_only
@@ -65,3 +67,48 @@ def test_an_error_of_one_rank_within_a_shard_ends_all_of_stage_3(tmp_path: Path)
     function = f"{__name__}:fail_on_one_rank"
     with pytest.raises(RankFailedError, match="the disk of the images is gone"):
         run_distributed(function, world_size=2, timeout_s=60, out=str(tmp_path / "targets"))
+
+
+@pytest.fixture
+def write_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Store the targets of a configuration, in this process; the summary."""
+    monkeypatch.setattr(write, "read_frozen_teacher", _random_teacher)
+    return lambda config: write.write_targets(
+        config, read_process({}), tmp_path / "targets", shard_steps=SHARD_STEPS
+    )
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of 8 images, of which one cannot be read."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(IMAGES):
+        color = (30 * number, 90, 200 - 20 * number)
+        Image.new("RGB", (40, 40), color).save(folder / f"{number}.png")
+    cut = folder / "3.png"
+    cut.write_bytes(cut.read_bytes()[:50])
+    return folder
+
+
+def test_unreadable_images_are_listed_and_told_of(
+    write_here: Any, pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = _config(data={"train": str(pictures), "max_bad_fraction": 0.5})
+    assert write_here(config)["unreadable"] == 1
+    manifest = json.loads((tmp_path / "targets" / "manifest.json").read_text())
+    (listed,) = manifest["unreadable"]
+    assert (listed["number"], Path(listed["path"]).name) == (3, "3.png")
+    met = [bad for record in manifest["shards"] for bad in record["unreadable"]]
+    assert listed["times"] == sum(bad["times"] for bad in met) >= 1
+    assert "1 unreadable images were replaced by others" in caplog.text
+    assert f"{pictures}/3.png" in (tmp_path / "targets" / "bad_samples.jsonl").read_text()
+
+
+def test_too_many_unreadable_images_stop_it_as_they_stop_a_run(
+    write_here: Any, pictures: Path, tmp_path: Path
+) -> None:
+    says = r"^too many unreadable images: .* than data.max_bad_fraction=0 allows:\n .*3.png: "
+    with pytest.raises(DataError, match=says):
+        write_here(_config(data={"train": str(pictures), "max_bad_fraction": 0.0}))
+    assert not (tmp_path / "targets" / "manifest.json").exists()

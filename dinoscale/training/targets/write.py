@@ -49,6 +49,8 @@ from dinoscale.runtime.opening import on_first_rank, open_once_per_node
 from dinoscale.runtime.outputs import sha256, write_tensors, writing_into
 from dinoscale.runtime.versions import package_version
 from dinoscale.training.feed import Feed, finish_batch, masks_of, open_images
+from dinoscale.training.targets.replaced import KEY as UNREADABLE
+from dinoscale.training.targets.replaced import Replaced, of_records, warning
 from dinoscale.training.targets.settings import (
     crop_sums,
     deciding_settings,
@@ -242,6 +244,7 @@ def _write_missing(job: _Job, missing: list[int]) -> None:
     named = None if job.weights is None else job.weights.by_name()
     teacher.load(named, identity=None)
     shown_here = job.process.rank == 0
+    replaced = Replaced(job.config, job.plan, job.folder.path)
     images = sum(len(job.steps_of(shard)) for shard in missing) * job.plan.batch_size
     with tqdm(total=images, unit="img", **bar_options(shown=shown_here)) as bar:
         for shards in _neighbours(missing):
@@ -250,7 +253,7 @@ def _write_missing(job: _Job, missing: list[int]) -> None:
             feed = Feed(job.config, plan, job.process, job.source, depth=0)
             batches = feed.steps(first, offset=0)
             for shard in shards:
-                _write_shard(job, teacher, shard, batches, bar)
+                _write_shard(job, teacher, shard, batches, replaced, bar)
 
 
 def _neighbours(shards: list[int]) -> Iterator[list[int]]:
@@ -269,12 +272,13 @@ def _write_shard(
     teacher: FrozenTeacher[Any],
     shard: int,
     batches: Iterator[list[Batch]],
+    replaced: Replaced,
     bar: "tqdm[NoReturn]",
 ) -> None:
     """Write this rank's stripes of a shard, then on rank 0 its record."""
     # A forward at stage 3 is collective. An error in one leaves this function on its rank alone,
     # and ends the others through the watchdog; to agree on it here would wait for them for ever.
-    found = _found(job, teacher, job.steps_of(shard), batches, bar)
+    found = _found(job, teacher, job.steps_of(shard), batches, replaced, bar)
     own = distributed.together(lambda: _saved(job, shard, found))
     of_ranks = distributed.gather_objects(own)
     merged = {slot: entry for entries in of_ranks for slot, entry in entries.items()}
@@ -282,6 +286,7 @@ def _write_shard(
         "first": job.steps_of(shard).start,
         "stop": job.steps_of(shard).stop,
         "arrays": dict(sorted(merged.items(), key=lambda pair: int(pair[0]))),
+        UNREADABLE: replaced.of_shard(),
     }
     distributed.together(lambda: _add(job, shard, record))
 
@@ -291,11 +296,13 @@ def _found(
     teacher: FrozenTeacher[Any],
     steps: range,
     batches: Iterator[list[Batch]],
+    replaced: Replaced,
     bar: "tqdm[NoReturn]",
 ) -> list[dict[str, Tensor]]:
     """What the teacher finds in this rank's micro-batches of some steps, by their index in a step.
 
     Raises:
+        DataError: on every rank, if too many images are unreadable.
         RunFailedError: on this rank, if a forward needs more memory than there is.
     """
     plan = job.plan
@@ -304,7 +311,9 @@ def _found(
         for step in steps:
             for index, batch in enumerate(next(batches)):
                 found[index] |= _stored(job, teacher, step, index, batch).named(step)
+                replaced.add(batch.bad)
                 bar.update(plan.micro_batch_size * plan.world_size)
+            replaced.step_done(step + 1, ends_shard=step == steps[-1])
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise RunFailedError(
             f"a forward of the teacher over {plan.micro_batch_size} images needs more memory than "
@@ -333,8 +342,6 @@ def _add(job: _Job, shard: int, record: dict[str, Any]) -> None:
 def _stored(job: _Job, teacher: FrozenTeacher[Any], step: int, index: int, batch: Batch) -> Stored:
     """What the teacher finds in a micro-batch."""
     config, plan, device = job.config, job.plan, job.process.device
-    for bad in batch.bad:
-        log.warning("an unreadable image is replaced by another one: %s: %s", bad.path, bad.error)
     of_globals = replace(batch, local_crops=batch.local_crops[:0], params=batch.params[:NUM_GLOBAL])
     compiled = config.engine.compile is not False
     crops = finish_batch(of_globals, config.data, device, compiled=compiled)
@@ -395,10 +402,13 @@ def _finish(job: _Job) -> dict[str, Any]:
         about = _about(job)
         with writing_into(job.folder.path):
             job.folder.finish(about)
+    if about[UNREADABLE]:
+        log.warning("%s", warning(about[UNREADABLE], job.folder.path / MANIFEST))
     return {
         "out": str(job.folder.path),
         "manifest": str(job.folder.path / MANIFEST),
         **{key: about[key] for key in ("steps", "images", "bytes", "bytes_per_image")},
+        UNREADABLE: len(about[UNREADABLE]),
         "shards": job.folder.num_shards,
     }
 
@@ -407,7 +417,8 @@ def _about(job: _Job) -> dict[str, Any]:
     """The manifest without its shards."""
     config, weights = job.config, job.weights
     assert weights is not None
-    arrays = [entry for record in job.folder.records() for entry in record["arrays"].values()]
+    records = [*job.folder.records()]
+    arrays = [entry for record in records for entry in record["arrays"].values()]
     stored = sum(entry["bytes"] for entry in arrays)
     images = job.plan.stop_step * job.plan.batch_size
     path = job.folder.path / PROTOTYPES
@@ -426,5 +437,6 @@ def _about(job: _Job) -> dict[str, Any]:
         "bytes": stored,
         "bytes_per_image": round(stored / images, 1),
         "prototypes": prototypes,
+        UNREADABLE: of_records(records),
         "settings": job.folder.settings,
     }
