@@ -1,7 +1,9 @@
 """What goes wrong while the outputs of a frozen teacher are stored, and what is written then."""
 
+import itertools
 import json
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ from PIL import Image
 
 from dinoscale.config import RunConfig
 from dinoscale.engine.build import InitialWeights, shapes_only
-from dinoscale.errors import DataError
+from dinoscale.errors import DataError, OutputError
+from dinoscale.evaluate.embedding.folder import FeatureFolder
 from dinoscale.runtime.launcher_env import read_process
 from dinoscale.runtime.watchdog import Watchdog
 from dinoscale.training.targets import write
@@ -112,3 +115,48 @@ def test_too_many_unreadable_images_stop_it_as_they_stop_a_run(
     with pytest.raises(DataError, match=says):
         write_here(_config(data={"train": str(pictures), "max_bad_fraction": 0.0}))
     assert not (tmp_path / "targets" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "flipped"])
+def test_damaged_prototypes_are_written_anew(write_here: Any, tmp_path: Path, damage: str) -> None:
+    write_here(_config())
+    file, manifest = (tmp_path / "targets" / name for name in (write.PROTOTYPES, write.MANIFEST))
+    before, listed = file.read_bytes(), manifest.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(before[:-1] + (b"" if damage == "short" else bytes([before[-1] ^ 1])))
+    assert write_here(_config())["new_shards"] == 0
+    assert file.read_bytes() == before
+    assert manifest.read_bytes() == listed
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "number"),
+    [(write, "write_tensors", 1), (write, "write_tensors", 2), (FeatureFolder, "add", 1)],
+    ids=["prototypes", "stripe", "record"],
+)
+def test_a_full_disk_is_said_in_a_sentence(
+    write_here: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: Any,
+    name: str,
+    number: int,
+) -> None:
+    calls, real = itertools.count(1), getattr(owner, name)
+
+    def on_a_full_disk(*arguments: Any) -> None:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if next(calls) == number:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))  # bytes of a file
+        try:
+            real(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(owner, name, on_a_full_disk)
+    with pytest.raises(OutputError, match=r"^cannot write to .*/targets.*: .*File too large"):
+        write_here(_config())
+    monkeypatch.undo()
+    monkeypatch.setattr(write, "read_frozen_teacher", _random_teacher)
+    assert write_here(_config())["steps"] == STEPS

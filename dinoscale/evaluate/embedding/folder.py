@@ -17,6 +17,7 @@ from typing import IO, Any
 from dinoscale.errors import OutputError, RunFailedError
 from dinoscale.runtime.fingerprint import differences
 from dinoscale.runtime.locks import try_lock
+from dinoscale.runtime.outputs import sha256
 
 FORMAT = "dinoscale features 1"
 MANIFEST = "manifest.json"
@@ -39,6 +40,7 @@ class FeatureFolder:
         form: what the manifest says of the format.
         holds: what the folder holds, in messages.
         repairs: whether a finished folder that has lost an array is made unfinished; else refused.
+        beside: key of the manifest of a file beside the arrays, which is repaired likewise.
     """
 
     def __init__(
@@ -49,9 +51,11 @@ class FeatureFolder:
         form: str = FORMAT,
         holds: str = "features",
         repairs: bool = False,
+        beside: str = "",
     ) -> None:
         self.path, self.num_shards = path, num_shards
-        self._form, self._holds, self._repairs = form, holds, repairs
+        self._form, self._holds = form, holds
+        self._repairs, self._beside = repairs, beside
         self.settings: Mapping[str, Any] = {}
         self._lock: IO[str] | None = None
 
@@ -82,7 +86,7 @@ class FeatureFolder:
         if self._lock is None:
             raise OutputError(f"{self.path}: another process is writing {self._holds} there")
         if (manifest := self.manifest()) is not None:
-            if self._repairs and any(map(self._changed_array, manifest["shards"])):
+            if self._repairs and self._is_damaged(manifest):
                 self._reopen(manifest["shards"])
             else:
                 self._require_arrays(manifest["shards"])
@@ -160,6 +164,15 @@ class FeatureFolder:
         _write(self.path / UNFINISHED, [json.dumps(self.settings)])
         (self.path / MANIFEST).unlink()
 
+    def _is_damaged(self, manifest: Mapping[str, Any]) -> bool:
+        """Whether a finished folder has lost an array, or the file beside them is another."""
+        beside = manifest.get(self._beside)
+        if beside is not None and (
+            self._is_changed(beside) or sha256(self.path / beside["file"]) != beside["sha256"]
+        ):
+            return True
+        return any(map(self._changed_array, manifest["shards"]))
+
     def _is_whole(self, shard: int) -> bool:
         """Whether a shard has a record, and the arrays of it."""
         try:
@@ -179,10 +192,14 @@ class FeatureFolder:
     def _changed_array(self, record: Record) -> str | None:
         """The file of an array that is not there as it was written; None if all are."""
         for array in record["arrays"].values():
-            path = self.path / array["file"]
-            if not path.exists() or path.stat().st_size != array["bytes"]:
+            if self._is_changed(array):
                 return str(array["file"])
         return None
+
+    def _is_changed(self, entry: Mapping[str, Any]) -> bool:
+        """Whether a file is missing, or has another size than when it was written."""
+        path = self.path / entry["file"]
+        return not path.exists() or bool(path.stat().st_size != entry["bytes"])
 
     def _record(self, shard: int) -> Path:
         return self.path / f"shard-{shard:05d}.json"
