@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -130,6 +131,7 @@ def write_targets(
         form=FORMAT,
         holds="targets",
         repairs=True,
+        beside="prototypes",
     )
     job = _Job(config, plan, process, source, weights, folder, shard_steps)
     try:
@@ -203,7 +205,7 @@ def _begin(job: _Job, of_image: float, _heartbeat: Callable[[], None]) -> list[i
     with writing_into(job.folder.path):
         missing = job.folder.begin(loaded)
         _require_space(job, missing, of_image)
-        if config.distill.by_heads and missing:
+        if config.distill.by_heads and job.folder.manifest() is None:
             dtype = _DTYPES[config.engine.precision]
             _save(
                 {
@@ -335,7 +337,8 @@ def _saved(job: _Job, shard: int, found: list[dict[str, Tensor]]) -> dict[str, A
 def _add(job: _Job, shard: int, record: dict[str, Any]) -> None:
     """Declare a shard finished, on rank 0."""
     if job.process.rank == 0:
-        job.folder.add(shard, record)
+        with writing_into(job.folder.path):
+            job.folder.add(shard, record)
 
 
 @torch.no_grad()
@@ -387,7 +390,10 @@ def _by_view(rows: Tensor) -> Tensor:
 def _save(tensors: dict[str, Tensor], path: Path) -> dict[str, Any]:
     """Write a file whole or not at all, flushed to the disk; what the manifest says of it."""
     beside = path.with_name(f".{path.name}.part")
-    write_tensors({name: value.contiguous() for name, value in tensors.items()}, beside)
+    try:
+        write_tensors({name: value.contiguous() for name, value in tensors.items()}, beside)
+    except SafetensorError as error:  # of a full disk, among others
+        raise OutputError(f"cannot write to {path}: {error}") from error
     with beside.open("rb") as file:
         os.fsync(file.fileno())
     entry = {"file": path.name, "bytes": beside.stat().st_size, "sha256": sha256(beside)}
