@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 # Settings that name weights which those of a run derive from.
 _DERIVED_FROM = (
     *(("train", "init_from"), ("train", "continue_from")),
-    *(("gram", "teacher"), ("distill", "teacher")),
+    *(("gram", "teacher"), ("distill", "teacher"), ("distill", "targets")),
 )
 _DAMAGES = (  # what parsing a damaged or foreign file can raise
     ValueError,

@@ -9,7 +9,8 @@ from typing import Any
 
 from dinoscale.config.schema import RunConfig
 
-NAMED_BY = ("gram", "distill")  # sections with a `teacher`
+# Settings that name weights, or what was stored of them.
+NAMED_BY = (("gram", "teacher"), ("distill", "teacher"), ("distill", "targets"))
 _CHECKPOINT = re.compile(r"checkpoints/step_([0-9]{8,20})")  # in a run's directory
 
 
@@ -49,11 +50,10 @@ def named_teachers(config: RunConfig) -> tuple[NamedTeacher, ...]:
 
 
 def with_run_dir(change: dict[str, Any], run_dir: str) -> dict[str, Any]:
-    """The changes of a phase, `{run_dir}` in teachers replaced by the folder of all phases."""
+    """The changes of a phase, `{run_dir}` in `NAMED_BY` replaced by the folder of all phases."""
     changed = dict(change)
-    for name in NAMED_BY:
-        section = change.get(name)
-        if isinstance(section, Mapping) and isinstance(section.get("teacher"), str):
-            path = section["teacher"].replace("{run_dir}", run_dir)
-            changed[name] = {**section, "teacher": path}
+    for name, key in NAMED_BY:
+        section = changed.get(name)
+        if isinstance(section, Mapping) and isinstance(section.get(key), str):
+            changed[name] = {**section, key: section[key].replace("{run_dir}", run_dir)}
     return changed

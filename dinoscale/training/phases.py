@@ -25,6 +25,7 @@ from dinoscale.config.resolve import RunPlan
 from dinoscale.config.sections.training import PhaseConfig
 from dinoscale.config.teachers import NamedTeacher, named_teachers
 from dinoscale.errors import ConfigError
+from dinoscale.evaluate.embedding.folder import MANIFEST
 from dinoscale.runtime import distributed
 from dinoscale.training.due import saves_amid
 
@@ -56,25 +57,27 @@ def require_own_directory(config: RunConfig, runs: Sequence[RunConfig]) -> None:
 
 
 def require_teachers(config: RunConfig, runs: Sequence[RunConfig]) -> None:
-    """Refuse weights of teachers that are not there, also those of a phase to come.
+    """Refuse weights of teachers, or stored targets, that are not there, also of a phase to come.
 
     A phase that has begun is not looked at: it has a Gram network in its checkpoints, and reads a
     frozen teacher when it goes on. Weights in the folder of an earlier phase may
-    be missing if that phase will write them.
+    be missing if that phase will write them; no phase writes targets.
 
     Args:
         config: of the run.
         runs: of its phases, from `phases_of`.
 
     Raises:
-        ConfigError: some are missing, and no phase will write them.
+        ConfigError: some are missing, and no phase will write them; or targets are unfinished.
     """
     for index, run in enumerate(runs):
         if checkpoints(Path(run.run_dir)):
             continue
+        key = f"phases.{config.phases[index].name}." if config.phases else ""
         for teacher in named_teachers(run):
-            key = f"phases.{config.phases[index].name}." if config.phases else ""
             _require_teacher(f"{key}{teacher.key}", teacher, config, runs[:index])
+        if run.distill.targets is not None:
+            _require_targets(f"{key}distill.targets", Path(run.distill.targets))
 
 
 def _require_teacher(
@@ -89,6 +92,17 @@ def _require_teacher(
             "those of an earlier phase, {run_dir}/phases/NN_NAME"
         )
     _require_to_be_written(key, teacher, config.phases[places[0]], earlier[places[0]])
+
+
+def _require_targets(key: str, folder: Path) -> None:
+    """Refuse a folder of stored targets that is not there, or not finished.
+
+    Whether they are of the run's settings is asked when it starts, once its images are open.
+    """
+    if (reason := _why_missing(f"{folder / MANIFEST}")) is None:
+        return
+    remedy = "compute them with `dinoscale embed --targets` before the run starts"
+    raise ConfigError(f"{key}: {folder / MANIFEST}: {reason}; {remedy}")
 
 
 def _why_missing(path: str) -> str | None:

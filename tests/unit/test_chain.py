@@ -152,3 +152,22 @@ def test_an_earlier_phase_may_write_the_frozen_teacher(tmp_path: Path) -> None:
     assert [run.checkpoint.keep_steps for run in runs] == [(7,), ()]
     with pytest.raises(ConfigError, match=r"second.distill.teacher: .* not in the folder of an ea"):
         phases_of(_distilled(tmp_path / "run", "{run_dir}/phases/02_second"))
+
+
+def test_stored_targets_of_a_phase_to_come_are_looked_for(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    distill = {"class_feature_weight": 1.0}
+    first = {"distill": {"teacher": str(tmp_path / "first.pth"), **distill}}
+    second = {"distill": {"targets": "{run_dir}/targets", "teacher": None, **distill}}
+    phases = [{"name": "first", "change": first}, {"name": "second", "change": second}]
+    config = parse_config(tiny_config(str(run_dir)).model_dump() | {"phases": phases})
+    (tmp_path / "first.pth").touch()
+    assert phases_of(config)[1].distill.targets == f"{run_dir}/targets"
+    says = f"{run_dir}/targets/manifest.json: No such file or directory; compute them with `dinosc"
+    with pytest.raises(ConfigError, match=f"^phases.second.distill.targets: {says}"):
+        _require(config)
+    with pytest.raises(ConfigError, match=f"^distill.targets: {says}"):
+        _require(phases_of(config)[1])
+    (run_dir / "targets").mkdir(parents=True)
+    (run_dir / "targets" / "manifest.json").touch()
+    _require(config)

@@ -112,6 +112,10 @@ def test_a_teacher_of_features_is_the_same_in_every_format(tmp_path: Path, model
             {"train": {"continue_from": "runs/a/"}, "gram": {"loss_weight": 1.0, "teacher": "g"}},
             "Not recorded (the run began with a and g).",
         ),
+        (
+            {"distill": {"targets": "/home/me/targets/", "class_feature_weight": 1.0}},
+            "Not recorded (the run began with targets).",
+        ),
     ],
 )
 def test_a_checkpoint_of_an_earlier_version_has_no_note_on_a_licence_and_says_so(
