@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,7 @@ _OF_FEATURES = (
 )
 _USAGE = """dinoscale embed WEIGHTS DATA OUT [options]
        dinoscale embed --targets CONFIG OUT [section.key=value ...] [--shard-steps N]"""
+_SETTING = re.compile(r"[\w.]+=")  # of section.key=value; a path before "=" has a slash
 _EPILOG = """examples:
   dinoscale embed weights.safetensors /data/images features/
   dinoscale embed weights.safetensors '/data/{000..099}.tar' patches/ --features patches
@@ -133,6 +135,11 @@ def _targets(embed: argparse.ArgumentParser, options: argparse.Namespace) -> dic
     if len(options.targets) < 2:
         embed.error("argument --targets: needs CONFIG and OUT")
     config, out, *overrides = options.targets
+    if (setting := _SETTING.match(out)) is not None:
+        embed.error(
+            f"argument --targets: needs CONFIG OUT before settings, and in place of OUT is the "
+            f"setting {setting[0]}...; a folder of such a name is ./NAME"
+        )
     later = (options.weights, options.data, options.out)  # settings that follow another option
     overrides += [text for text in later if text is not None]
     if options.shard_steps is not None and options.shard_steps < 1:
