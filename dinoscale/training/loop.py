@@ -288,11 +288,14 @@ class Run:
         if old.rollbacks >= self.config.train.max_rollbacks or checkpoint is None:
             source = "from the start" if checkpoint is None else f"from {checkpoint.path}"
             self.events.write(old.step, "stopped", reason=result.skipped)
+            # Stored targets are of the images of each step, so that none can be skipped.
+            skips = self.config.distill.targets is None
             text = (
                 f"{old.bad_in_a_row} steps in a row were skipped, the last one step {old.step}:"
                 f" {result.skipped}. Their images and losses are in {self.run_dir}/bad_steps. Start"
                 f" again to continue {source}, with a lower optim.lr, a smaller optim.clip_grad or"
-                " engine.precision=fp32, or with train.max_rollbacks=1 to skip these images"
+                " engine.precision=fp32"
+                f"{', or with train.max_rollbacks=1 to skip these images' if skips else ''}"
             )
             raise NonFiniteError(as_set_here(text, self.config))
         restore(checkpoint, self.student, self.teacher, self.watchdog.heartbeat)

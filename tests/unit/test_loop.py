@@ -14,8 +14,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from dinoscale.config.resolve import resolve
 from dinoscale.data.sources.bad_samples import BadSample, BadSampleLog
 from dinoscale.engine.build import loss_weights_of, schedules_of
-from dinoscale.errors import DataError, LostPeerError
+from dinoscale.errors import DataError, LostPeerError, NonFiniteError
 from dinoscale.runtime.launcher_env import Process
+from dinoscale.training import loop
 from dinoscale.training.hooks.data_wait import DataWait
 from dinoscale.training.hooks.metrics import Stopwatch
 from dinoscale.training.loop import Run
@@ -112,3 +113,17 @@ def test_the_loader_is_told_which_steps_have_a_gram_loss() -> None:
     told = run.feed.steps.call_args.kwargs
     assert told["offset"] == 5
     assert [told["gram_counts"](step) for step in range(5)] == [False, False, False, True, True]
+
+
+@pytest.mark.parametrize("distill", [{}, {"targets": "out", "class_feature_weight": 1.0}])
+def test_images_may_be_skipped_unless_targets_are_stored_of_them(
+    monkeypatch: pytest.MonkeyPatch, distill: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(loop, "find_checkpoint", lambda *_: None)
+    run: Any = Run.__new__(Run)
+    run.config, run.run_dir, run.saved_step = tiny_config(distill=distill), Path("run"), None
+    run.progress = SimpleNamespace(step=7, bad_in_a_row=3, rollbacks=0)
+    run.watchdog, run.events = MagicMock(), MagicMock()
+    with pytest.raises(NonFiniteError, match="steps in a row were skipped") as raised:
+        run._roll_back(SimpleNamespace(skipped="loss is nan"))
+    assert ("max_rollbacks" in str(raised.value)) == (not distill)
