@@ -101,8 +101,10 @@ def _require_targets(key: str, folder: Path) -> None:
     """
     if (reason := _why_missing(f"{folder / MANIFEST}")) is None:
         return
-    remedy = "compute them with `dinoscale embed --targets` before the run starts"
-    raise ConfigError(f"{key}: {folder / MANIFEST}: {reason}; {remedy}")
+    remedy = "compute them with `dinoscale embed --targets`"
+    if _why_missing(f"{folder}") is None:
+        remedy = "it is not finished: start the command that writes it again"
+    raise ConfigError(f"{key}: {folder / MANIFEST}: {reason}; {remedy} before this run starts")
 
 
 def _why_missing(path: str) -> str | None:

@@ -169,5 +169,7 @@ def test_stored_targets_of_a_phase_to_come_are_looked_for(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match=f"^distill.targets: {says}"):
         _require(phases_of(config)[1])
     (run_dir / "targets").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="it is not finished: start the command that writes"):
+        _require(config)
     (run_dir / "targets" / "manifest.json").touch()
     _require(config)
