@@ -31,12 +31,11 @@ class Confusion:
     def add(self, found: Tensor, truth: Tensor) -> None:
         """Count the pixels of an image: class numbers of one shape, of `truth` also VOID."""
         self.images += 1
-        pairs = truth.long() * self._num_classes + found.long()
-        void = self.counts.numel()  # one more count, in place of a choice that waits for the device
-        counts = torch.bincount(
-            pairs.masked_fill_(truth == VOID, void).flatten(), minlength=void + 1
-        )
-        self.counts += counts[:void].view_as(self.counts).cpu()
+        pairs = (truth.long() * self._num_classes + found.long()).add_(1)
+        pairs.masked_fill_(truth == VOID, 0)  # a choice of the others would wait for the device
+        counts = torch.bincount(pairs.flatten(), minlength=1 + self.counts.numel())
+        assert len(counts) == 1 + self.counts.numel(), "a mask holds a number that is no class"
+        self.counts += counts[1:].view_as(self.counts).cpu()
 
     def iou(self) -> list[float | None]:
         """Intersection over union of each class in percent; None where both are empty."""

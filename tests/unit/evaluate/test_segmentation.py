@@ -125,6 +125,12 @@ def test_scores_are_scikit_learns() -> None:
     assert confusion.missing() == [3, 4]
 
 
+@pytest.mark.parametrize(("truth", "found"), [(3, 0), (3, 2), (4, 1)])
+def test_a_class_that_is_none_is_not_counted_as_void(truth: int, found: int) -> None:
+    with pytest.raises(AssertionError):
+        Confusion(3).add(torch.tensor([[found]]), torch.tensor([[truth]]))
+
+
 @pytest.mark.parametrize(("height", "width"), [(13, 40), (3, 2), (5, 7)])
 def test_scores_are_enlarged_as_torch_does(
     height: int, width: int, monkeypatch: pytest.MonkeyPatch
