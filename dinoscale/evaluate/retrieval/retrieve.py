@@ -57,7 +57,7 @@ def evaluate_retrieve(
         queries: how many images are queries, chosen at random with a fixed seed; None takes all.
         multi_scale: average the features of three scales.
         untrained: also measure the same architecture with fresh weights.
-        options: which network, which device, and how features are extracted; nothing is cached.
+        options: which network, which device, and how features are extracted and cached.
 
     Returns:
         What was measured and how, ready for JSON. Scores in percent: mAP (step rule) and the
