@@ -181,7 +181,11 @@ def extract_unlabelled(
 
 
 def _cached_in_parts(images: _Images, key: Callable[[], str]) -> tuple[Tensor, Tensor]:
-    """Features and numbers of all images, of a large set part by part: those done are kept."""
+    """Features and numbers of all images, of a large set part by part: those done are kept.
+
+    Batches are the same with and without parts, so where a part ends depends on the batch size: all
+    that divide `PART`, as powers of two do, share their parts; with another, all are extracted.
+    """
     forward, num_images, parts = images.forward, len(images.source), []
     part = max(1, PART // forward.batch_size) * forward.batch_size  # so that batches are whole
     for first in range(0, num_images, part):
