@@ -30,7 +30,7 @@ MOST_BYTES = 2**30  # of all kept results
 AT_ONCE = 64  # items of each rank between two writes: a minute of TokenCut on a CPU
 
 
-def _always(_: int) -> bool:
+def _always(_: int, __: object) -> bool:
     return True
 
 
@@ -41,12 +41,13 @@ class Form(Generic[T]):
     Attributes:
         encode: makes JSON of it.
         decode: the reverse; KeyError, TypeError, ValueError or AttributeError for something else.
-        is_whole: whether the files that belong to the result of an item, by its place, are there.
+        is_whole: whether the files that belong to a result are as it was found with; takes the
+            place of the item and the result.
     """
 
     encode: Callable[[T], Any]
     decode: Callable[[Any], T]
-    is_whole: Callable[[int], bool] = _always
+    is_whole: Callable[[int, T], bool] = _always
 
 
 class FinishedItems:
@@ -116,8 +117,9 @@ class FinishedItems:
                 for line in lines:
                     if line.endswith(b"\n"):
                         number, said = json.loads(line)
-                        if number < most and form.is_whole(number):
-                            found[number] = form.decode(said)
+                        result = form.decode(said)
+                        if number < most and form.is_whole(number, result):
+                            found[number] = result
                         whole += len(line)
                 lines.truncate(whole)  # of the last line a killed process may have written a part
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

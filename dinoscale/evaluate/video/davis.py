@@ -32,8 +32,8 @@ from dinoscale.evaluate.frozen_backbone import (
 )
 from dinoscale.evaluate.progress import bar_options
 from dinoscale.evaluate.video.propagation import Settings, Tracker
-from dinoscale.runtime.fingerprint import Fingerprint
-from dinoscale.runtime.outputs import atomic_write
+from dinoscale.runtime.fingerprint import Fingerprint, digest_of
+from dinoscale.runtime.outputs import atomic_write, sha256
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The published numbers were measured with 0.228, a value of the authors' code.
@@ -43,6 +43,7 @@ _SCORES = "scores.json"  # written when all else of a video is
 
 Labels = NDArray[np.uint8]
 Scores = dict[str, float]
+_Result = tuple[dict[str, Any], str | None]  # what is reported of a video; see `_digest`
 
 
 def evaluate_video(
@@ -119,23 +120,52 @@ def _measure_all(
     total = sum(len(video.frames) for video in videos) * (2 if untrained else 1)
     with tqdm(total=total, unit="frame", **bar_options(shown=loaded.options.progress)) as bar:
 
-        def work(number: int) -> dict[str, Any]:
+        def work(number: int) -> _Result:
             video, folder = videos[number], folders[number]
             bar.set_description(video.name)
             scores = _measure(loaded, video, settings=settings, folder=folder, bar=bar)
             if fresh is not None:
                 baseline = _measure(fresh, video, settings=settings, folder=None, bar=bar)
                 scores["untrained"] = baseline["score"]
-            if folder is not None:
-                _save_scores(scores, folder)
-            return scores
+            if folder is None:
+                return scores, None
+            _save_scores(scores, folder)
+            return scores, _digest(video, folder)
 
-        def is_whole(number: int) -> bool:
-            folder = folders[number]
-            return folder is None or (folder / _SCORES).exists()
+        def is_whole(number: int, result: _Result) -> bool:
+            folder, (_, written) = folders[number], result
+            if folder is None:
+                return True
+            return written is not None and written == _digest(videos[number], folder)
 
-        form = Form[dict[str, Any]](dict, dict, is_whole)
-        return kept.each(range(len(videos)), work, form, at_once=1)
+        form = Form[_Result](list, _decoded, is_whole)
+        found = kept.each(range(len(videos)), work, form, at_once=1)
+        return [scores for scores, _ in found]
+
+
+def _decoded(said: list[Any]) -> _Result:
+    scores, written = said
+    return dict(scores), written
+
+
+def _digest(video: Video, folder: Path) -> str | None:
+    """Digest of all files written of a video, None if one cannot be read.
+
+    In the same folder another network may have written its own since.
+    """
+    masks = [_mask_path(video, number, folder) for number in range(len(video.frames))]
+    try:
+        return digest_of([sha256(path) for path in (*masks, _animation(folder), folder / _SCORES)])
+    except OSError:
+        return None
+
+
+def _mask_path(video: Video, index: int, folder: Path) -> Path:
+    return folder / f"{video.frames[index].number:05d}.png"
+
+
+def _animation(folder: Path) -> Path:
+    return folder.with_suffix(".gif")
 
 
 def _save_scores(scores: Mapping[str, Any], folder: Path) -> None:
@@ -200,11 +230,11 @@ def _measure(
             scores.append(score_objects(found, truth, objects))
             baseline.append(score_objects(copied, truth, objects))
         if folder is not None:
-            save_mask(found, folder / f"{video.frames[i].number:05d}.png")
+            save_mask(found, _mask_path(video, i, folder))
             drawn.append(compare(pixels, found, truth))
         bar.update()
     if folder is not None:
-        save_animation(drawn, folder.with_suffix(".gif"))
+        save_animation(drawn, _animation(folder))
     return {
         "sequence": video.name,
         "frames": len(video.frames),

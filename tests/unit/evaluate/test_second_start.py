@@ -17,6 +17,7 @@ from dinoscale.evaluate import finished_items
 from dinoscale.evaluate.classification import transfer
 from dinoscale.evaluate.classification.transfer import Plan, evaluate_transfer
 from dinoscale.evaluate.correspondence.correspond import Given, evaluate_correspond
+from dinoscale.evaluate.dense.mask_pictures import save_mask
 from dinoscale.evaluate.discovery.discover import evaluate_discover
 from dinoscale.evaluate.discovery.truth import Annotations
 from dinoscale.evaluate.finished_items import FinishedItems, Form
@@ -102,7 +103,7 @@ def test_damaged_results_and_lost_files_are_computed_again(
 ) -> None:
     _start(OF_FILES)
     (file,) = cache.iterdir()
-    lost = Form[str](str, str, lambda number: number != 3)
+    lost = Form[str](str, str, lambda number, result: (number, result) != (3, "result 3"))
     computed = []
     FinishedItems(OF_FILES, CPU).each(range(5), lambda i: str(computed.append(i)), lost)
     assert computed == [3]
@@ -179,6 +180,29 @@ def test_an_interrupted_task_goes_on_to_the_same_report(
     assert (json.dumps(again), written()) == whole
     assert "1 of 2 results are those of an earlier start" in caplog.text
     assert not list(cache.iterdir())  # reported, so that another command measures anew
+
+
+@pytest.mark.usefixtures("cache")
+def test_videos_of_another_start_count_only_with_the_files_that_it_wrote(
+    place: Path, interrupt_after: Interrupt, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    options = LoadOptions(device="cpu", progress=False)
+    how = {"options": options, "out": out, "fingerprint": OF_FILES}
+
+    def written() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in out.rglob("*.[pgj]*")}
+
+    interrupt_after(2)
+    with pytest.raises(KeyboardInterrupt):
+        _video(place / "w.safetensors", place, **how)
+    interrupt_after(0)
+    whole = written()
+    assert len(whole) == 2 * (3 + 2)
+    save_mask(np.zeros((48, 40), np.uint8), out / "a" / "00001.png")  # as of another network
+    (out / "b" / "00001.png").unlink()
+    _video(place / "w.safetensors", place, **how)
+    assert written() == whole
 
 
 def _rank(colors: Colors, options: ExtractionOptions) -> dict[str, Any]:
