@@ -7,6 +7,7 @@ code. Rank 0 alone reads and writes, so that any number of ranks may go on.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -111,21 +112,23 @@ class FinishedItems:
         """Results by the places of their items; empty on other ranks than 0."""
         if self._path is None or not os.path.exists(self._path):
             return {}
-        found, whole = dict[int, T](), 0
+        found, damaged = dict[int, T](), 0
         try:
-            with open(self._path, "r+b") as lines:
+            with open(self._path, "rb") as lines:
                 for line in lines:
-                    if line.endswith(b"\n"):
-                        number, said = json.loads(line)
-                        result = form.decode(said)
-                        if number < most and form.is_whole(number, result):
-                            found[number] = result
-                        whole += len(line)
-                lines.truncate(whole)  # of the last line a killed process may have written a part
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            log.warning("%s is damaged (%s): measuring all again", self._path, error)
+                    try:
+                        number, result = _decoded(line, form)
+                    except (ValueError, TypeError, KeyError, AttributeError):
+                        damaged += line != b"\n"
+                        continue
+                    if number in range(most) and form.is_whole(number, result):
+                        found[number] = result
+        except OSError as error:
+            log.warning("cannot read results of an earlier start (%s): measuring again", error)
             self.forget()
             return {}
+        if damaged:
+            log.warning("%s: measuring again in place of %d damaged lines", self._path, damaged)
         return found
 
     def _add(self, results: Iterable[tuple[int, Any]]) -> None:
@@ -134,11 +137,23 @@ class FinishedItems:
             return
         try:
             keep_recent(self._path, most_bytes=MOST_BYTES)
-            text = "".join(f"{json.dumps(result)}\n" for result in results)
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(text)
+            # An empty line first: a full disk or a killed process may have left half a line.
+            text = "\n" + "".join(f"{json.dumps(result)}\n" for result in results)
+            _append(self._path, text.encode())
         except OSError as error:
             log.warning("cannot keep results for another start (%s)", error)
+
+
+def _decoded(line: bytes, form: Form[T]) -> tuple[int, T]:
+    number, said = json.loads(line)
+    return number, form.decode(said)
+
+
+def _append(path: str, text: bytes) -> None:
+    """Append by one write: what another process appends meanwhile lies before or behind."""
+    with open(path, "ab", buffering=0) as file:
+        if file.write(text) < len(text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
 
 def _path_of(fingerprint: Fingerprint | None, device: torch.device, of: str) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -107,9 +108,41 @@ def test_damaged_results_and_lost_files_are_computed_again(
     computed = []
     FinishedItems(OF_FILES, CPU).each(range(5), lambda i: str(computed.append(i)), lost)
     assert computed == [3]
-    file.write_text('[0, "result 0"]\nno JSON\n')
-    assert _start(OF_FILES) == [0, 1, 2, 3, 4]
-    assert "is damaged" in caplog.text
+    file.write_bytes(b'[0, "result 0"]\nno JSON\n[1]\n\xff\n[9, "x"]\n[-1, "x"]\n[4, "result 4"]\n')
+    assert _start(OF_FILES) == [1, 2, 3]
+    assert "3 damaged lines" in caplog.text
+    assert _start(OF_FILES) == []
+
+
+def test_reading_leaves_the_half_line_that_another_process_is_writing(cache: Path) -> None:
+    _start(OF_FILES, fails_at=4)
+    (file,) = cache.iterdir()
+    for half in ('[4, "res', 'ult 4"]\n'):
+        with file.open("a") as lines:
+            lines.write(half)
+        assert _start(OF_FILES, fails_at=4) == []
+    assert _start(OF_FILES) == []
+
+
+def test_a_full_disk_costs_only_what_it_has_not_taken(
+    cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def work(item: int) -> str:
+        if item == 2:  # of the second write, a part fits
+            (file,) = cache.iterdir()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 30, limits[1]))
+        if item == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        return f"result {item}"
+
+    try:
+        FinishedItems(OF_FILES, CPU).each(range(5), work, FORM, at_once=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "cannot keep results" in caplog.text
+    assert _start(OF_FILES) == [3]
 
 
 def _discover(weights: Path, place: Path, **more: Any) -> dict[str, Any]:
