@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -89,8 +90,8 @@ class FinishedItems:
         """
         if not self._is_kept:
             return each_on_a_rank(items, work)
-        done = distributed.broadcast_object(self._read(form, most=len(items)))
-        assert done is not None
+        read = distributed.together(partial(self._read, form, most=len(items)))
+        done = distributed.broadcast_object(read)
         if done:
             log.info("%d of %d results are those of an earlier start", len(done), len(items))
         missing = [number for number in range(len(items)) if number not in done]
@@ -104,13 +105,18 @@ class FinishedItems:
         return [done[number] for number in range(len(items))]
 
     def forget(self) -> None:
-        """Remove the results: they are reported."""
-        if self._path is not None and os.path.exists(self._path):
-            os.unlink(self._path)
+        """Remove the results, which are reported; a failure is only a warning."""
+        try:
+            if self._path is not None:
+                os.unlink(self._path)
+        except FileNotFoundError:
+            pass  # there are none, or the same command removed them meanwhile
+        except OSError as error:
+            log.warning("cannot remove results that are reported (%s)", error)
 
     def _read(self, form: Form[T], *, most: int) -> dict[int, T]:
         """Results by the places of their items; empty on other ranks than 0."""
-        if self._path is None or not os.path.exists(self._path):
+        if self._path is None:
             return {}
         found, damaged = dict[int, T](), 0
         try:
@@ -123,10 +129,10 @@ class FinishedItems:
                         continue
                     if number in range(most) and form.is_whole(number, result):
                         found[number] = result
+        except FileNotFoundError:
+            return {}
         except OSError as error:
             log.warning("cannot read results of an earlier start (%s): measuring again", error)
-            self.forget()
-            return {}
         if damaged:
             log.warning("%s: measuring again in place of %d damaged lines", self._path, damaged)
         return found

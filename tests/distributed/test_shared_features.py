@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -13,13 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dinoscale.data.decoding.decode import BadSampleError, Picture
-from dinoscale.errors import DataError
+from dinoscale.errors import DataError, RunFailedError
 from dinoscale.evaluate.classification.answers import Details
 from dinoscale.evaluate.classification.knn import KnnResult, knn_accuracy
 from dinoscale.evaluate.classification.linear import evaluate_linear
 from dinoscale.evaluate.classification.linear_protocols import GridProtocol
 from dinoscale.evaluate.classification.logistic import evaluate_logistic
 from dinoscale.evaluate.features import extract_features, pixel_features
+from dinoscale.evaluate.finished_items import FinishedItems, Form
 from dinoscale.evaluate.frozen_backbone import ExtractionOptions
 from dinoscale.evaluate.retrieval.copies import Settings as CopySettings
 from dinoscale.evaluate.retrieval.copies import evaluate_made_copies
@@ -206,3 +208,27 @@ def test_all_ranks_read_the_features_that_one_process_cached(
     ):
         assert calls == 0
         assert torch.equal(of_rank, features)
+
+
+def read_by_mistake(cache: str) -> str:
+    """The error of a rank where reading kept results fails on the first one."""
+
+    def fails(_: object) -> str:
+        raise RuntimeError("a mistake")
+
+    os.environ["DINOSCALE_CACHE"] = cache
+    kept = FinishedItems({"input": {"data": {"number": 2}}}, torch.device("cpu"))
+    assert kept.each([0, 1], str, Form(str, str)) == ["0", "1"]
+    with pytest.raises((RuntimeError, RunFailedError)) as caught:
+        kept.each([0, 1], str, Form(str, fails))
+    return str(caught.value)
+
+
+def test_an_error_while_reading_kept_results_ends_all_ranks(tmp_path: Path) -> None:
+    errors = run_distributed(
+        "tests.distributed.test_shared_features:read_by_mistake",
+        world_size=2,
+        timeout_s=60,
+        cache=str(tmp_path),
+    )
+    assert errors == ["a mistake", "rank 0: RuntimeError: a mistake"]

@@ -145,6 +145,19 @@ def test_a_full_disk_costs_only_what_it_has_not_taken(
     assert _start(OF_FILES) == [3]
 
 
+def test_a_file_that_cannot_be_read_or_removed_stops_nothing(
+    cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _start(OF_FILES)
+    (file,) = cache.iterdir()
+    file.unlink()
+    file.mkdir()
+    assert _start(OF_FILES) == [0, 1, 2, 3, 4]
+    FinishedItems(OF_FILES, CPU).forget()
+    assert "cannot read" in caplog.text
+    assert "cannot remove" in caplog.text
+
+
 def _discover(weights: Path, place: Path, **more: Any) -> dict[str, Any]:
     images, masks = place / "images", Annotations(str(place / "masks"), None, True)
     return evaluate_discover(weights, str(images), annotations=masks, size=16, **more)
