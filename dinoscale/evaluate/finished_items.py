@@ -12,6 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -28,7 +29,7 @@ Item = TypeVar("Item")
 
 log = logging.getLogger(__name__)
 
-MOST_BYTES = 2**30  # of all kept results
+MOST_BYTES = 2**30  # of all kept results; those of measurements that run were written last
 AT_ONCE = 64  # items of each rank between two writes: a minute of TokenCut on a CPU
 
 
@@ -142,9 +143,13 @@ class FinishedItems:
         if self._path is None:
             return
         try:
-            keep_recent(self._path, most_bytes=MOST_BYTES)
             # An empty line first: a full disk or a killed process may have left half a line.
             text = "\n" + "".join(f"{json.dumps(result)}\n" for result in results)
+            size = _size(self._path) + len(text)  # JSON is ASCII
+            if size > MOST_BYTES:
+                log.warning("%d bytes of results are not kept: above the limit", len(text))
+                return
+            keep_recent(self._path, most_bytes=MOST_BYTES - size)
             _append(self._path, text.encode())
         except OSError as error:
             log.warning("cannot keep results for another start (%s)", error)
@@ -153,6 +158,12 @@ class FinishedItems:
 def _decoded(line: bytes, form: Form[T]) -> tuple[int, T]:
     number, said = json.loads(line)
     return number, form.decode(said)
+
+
+def _size(path: str) -> int:
+    with suppress(FileNotFoundError):
+        return os.stat(path).st_size
+    return 0
 
 
 def _append(path: str, text: bytes) -> None:

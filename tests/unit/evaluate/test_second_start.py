@@ -158,6 +158,21 @@ def test_a_file_that_cannot_be_read_or_removed_stops_nothing(
     assert "cannot remove" in caplog.text
 
 
+def test_the_limit_counts_the_file_of_the_running_measurement(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache.mkdir()
+    other = cache / "finished-other.jsonl"
+    other.write_bytes(bytes(40))
+    monkeypatch.setattr(finished_items, "MOST_BYTES", 75)  # two results take 33 bytes
+    assert _start(OF_FILES, fails_at=2) == [0, 1]
+    assert other.exists()
+    _start(OF_FILES)
+    assert not other.exists()
+    assert sum(file.stat().st_size for file in cache.iterdir()) <= 75
+    assert "above the limit" in caplog.text
+
+
 def _discover(weights: Path, place: Path, **more: Any) -> dict[str, Any]:
     images, masks = place / "images", Annotations(str(place / "masks"), None, True)
     return evaluate_discover(weights, str(images), annotations=masks, size=16, **more)
