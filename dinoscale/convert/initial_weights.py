@@ -27,6 +27,7 @@ from dinoscale.config import RunConfig
 from dinoscale.config.sections.lora import LoraConfig
 from dinoscale.convert.card import BackboneCard
 from dinoscale.convert.coverage import Coverage, coverage_of
+from dinoscale.convert.fitted_heads import fitted_head, fitted_teacher_heads
 from dinoscale.convert.formats.dinov3 import without_masked_bias
 from dinoscale.convert.formats.special_tokens import slot_added, slot_removed
 from dinoscale.convert.source import read_source
@@ -37,10 +38,8 @@ from dinoscale.engine.build import InitialWeights, StepZero, shapes_only
 from dinoscale.errors import CheckpointError, ConfigError
 from dinoscale.models.block import KeylessBias
 from dinoscale.models.convnet import ConvNet
-from dinoscale.models.heads import DinoHead
 from dinoscale.models.network import MAPS, DinoNetwork
 from dinoscale.models.vit import VisionTransformer
-from dinoscale.models.weight_names import from_reference
 from dinoscale.runtime import distributed
 from dinoscale.runtime.outputs import is_phase
 
@@ -74,11 +73,11 @@ def read_initial_weights(
     heads: dict[str, Any] = {}
     if config.train.init_head and network.head is not None:
         remedy = "set train.init_head=false to start with a random one"
-        fitted = partial(_fitted_head, path=path, key="train.init_head", remedy=remedy)
-        heads["head"] = fitted(weights.head, network.head, section="head")
+        fitted = partial(fitted_head, path=path, key="train.init_head", remedy=remedy)
+        heads["head"] = fitted(weights.head, network.head.state_dict(), section="head")
         if network.patch_head is not None:
             heads["patch_head"] = fitted(
-                weights.patch_head, network.patch_head, section="patch_head"
+                weights.patch_head, network.patch_head.state_dict(), section="patch_head"
             )
         elif weights.patch_head:
             log.info("the patch tokens' own head of %s is left out: this run has none", path)
@@ -163,21 +162,11 @@ def read_frozen_teacher(
         "give weights that have it, such as a run or a training checkpoint, or learn features "
         "without heads (distill.class_feature_weight, distill.patch_feature_weight)"
     )
-    fitted = partial(_fitted_head, path=path, key=_FROZEN, remedy=remedy)
-    assert network.head is not None
-    heads: dict[str, Any] = {"head": fitted(weights.head, network.head, section="distill.head")}
-    if network.patch_head is not None:
-        heads["patch_head"] = fitted(
-            weights.patch_head, network.patch_head, section="distill.patch_head"
-        )
-    elif weights.patch_head and config.ibot.loss_weight:
-        raise ConfigError(
-            f"{_FROZEN}: {path} has a head of its own for patch tokens, and distill.* has none; "
-            "give distill.head and distill.patch_head"
-        )
+    given = {"head": weights.head, "patch_head": weights.patch_head}
+    heads = fitted_teacher_heads(config, given, path=path, key=_FROZEN, remedy=remedy)
     log.info("the frozen teacher is %s: %s of its backbone, and its heads", path, coverage)
     identity = identity_of(weights.parts(), heartbeat)
-    return InitialWeights(state, **heads, licence=licence, identity=identity)
+    return InitialWeights(state, *heads, licence=licence, identity=identity)
 
 
 def identity_of(
@@ -347,34 +336,6 @@ def _sizes(backbone: VisionTransformer | ConvNet) -> str:
         f"{attention.num_heads}, patch_size {backbone.patch_size}, registers {registers}, "
         f"{'learned' if backbone.rope is None else 'rotary'} positions)"
     )
-
-
-def _fitted_head(
-    head: Mapping[str, Tensor] | None,
-    target: DinoHead,
-    *,
-    path: str,
-    key: str,
-    section: str,
-    remedy: str,
-) -> dict[str, Tensor]:
-    """Every tensor of one of the run's projection heads, whose settings are in `section`."""
-    wanted = target.state_dict()
-    what = "own head of patch tokens" if section.endswith("patch_head") else "projection head"
-    if head is None:
-        raise ConfigError(f"{key}: {path} has no {what}; {remedy}")
-    frozen_norm = "last_layer.weight_g" not in wanted
-    state = from_reference(head, norm_last_layer=frozen_norm)
-    norms = "last_layer.weight_g"
-    if norms in wanted and norms not in state and "last_layer.weight_v" in state:
-        state[norms] = torch.ones(len(state["last_layer.weight_v"]), 1)
-    coverage = coverage_of(state, wanted)
-    if not coverage.complete:
-        raise ConfigError(
-            f"{key}: the {what} of {path} is not that of {section}.* ({coverage}); "
-            f"change {section}.*, or {remedy}"
-        )
-    return state
 
 
 def _fitted_maps(
