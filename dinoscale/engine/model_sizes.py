@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from torch import nn
 
 from dinoscale.config import RunConfig
+from dinoscale.config.sections.convnets import STRIDE
 from dinoscale.engine.build import shapes_only
 from dinoscale.engine.flops import NUM_GLOBAL, StepFlops, head_forward_flops, step_flops
 from dinoscale.engine.frozen.gram import crop_size_of
@@ -83,7 +84,7 @@ class Dims:
         average_follows: whether the average takes a forward of its own beside it, as statistics of
             batch norm follow the images.
         followed: counts of a frozen teacher's backbone whose features are followed, of others than
-            a ViT those of its forward alone; None without.
+            a ViT those of its forward alone, of stored features without one; None without.
         followed_patches: whether those of patches are.
         mixture: with sizes that differ from step to step, of which these are the largest: the
             share of the steps and the counts of each; empty with one size.
@@ -228,6 +229,8 @@ def dims_of(config: RunConfig) -> Dims:
         tracks = by_heads and any(True for _ in network.buffers())  # as in `Teacher`
         if teacher is None:
             stored = run.distill.targets is not None and by_heads
+            if run.distill.targets is not None and not by_heads:
+                return _with_stored_features(dims, run)
             return replace(dims, stored_targets=stored, average_follows=stored and tracks)
         if not by_heads:
             return _with_followed(dims, run, teacher)
@@ -255,6 +258,21 @@ def _with_followed(dims: Dims, config: RunConfig, network: DinoNetwork) -> Dims:
         followed = forward_counts(network.backbone.eval(), images=NUM_GLOBAL, size=size)
     else:
         followed = replace(_dims_of_size(config.of_teacher, network, "distill.model"), head=0)
+    patches = config.distill.patch_feature_weight > 0
+    return replace(dims, followed=followed, followed_patches=patches)
+
+
+def _with_stored_features(dims: Dims, config: RunConfig) -> Dims:
+    """The student's counts with those of the features it follows, which no network computes."""
+    model = config.of_teacher.model
+    assert model.width is not None  # the configuration asks for it
+    followed = ForwardCounts(
+        parameters=0,
+        embed_dim=model.width,
+        patch_size=model.effective_patch_size or STRIDE,
+        flops=0,
+        live=0,
+    )
     patches = config.distill.patch_feature_weight > 0
     return replace(dims, followed=followed, followed_patches=patches)
 

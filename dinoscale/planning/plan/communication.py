@@ -96,12 +96,13 @@ def _gathers(dims: Dims, setup: Setup) -> list[Transfer]:
         if times:
             found.append(Transfer(what, "all-gather", group, times, sent, prefetches))
     # Gathered in each pass; frozen, so with groups the node's copy stays.
-    teacher, followed = dims.frozen_teacher, dims.followed
+    teacher = dims.frozen_teacher
+    followed = 0 if dims.followed is None else dims.followed.parameters
     for what, is_there, weights in (
         ("Gram network's", dims.gram_size, dims.backbone),
         ("anchor's", dims.anchor, dims.backbone),
         ("frozen teacher's", teacher is not None, dims.of_targets.parameters),
-        ("frozen teacher's", followed is not None, followed.parameters if followed else 0),
+        ("frozen teacher's", followed, followed),
     ):
         group = ranks if of_node == 1 else of_node
         times = setup.accumulation_steps

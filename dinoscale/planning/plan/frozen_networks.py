@@ -25,7 +25,7 @@ def frozen_forward(dims: Dims, setup: Setup, *, pixels: int, tokens: int) -> flo
 def followed_forward(dims: Dims, setup: Setup) -> float:
     """Activations of the backbone whose features are followed, over the global crops."""
     teacher, pixels = dims.followed, dims.global_pixels
-    if teacher is None:
+    if teacher is None or not teacher.parameters:  # or its features are stored
         return 0
     if not isinstance(teacher, ForwardCounts):
         return frozen_forward(teacher, setup, pixels=pixels, tokens=teacher.global_tokens)

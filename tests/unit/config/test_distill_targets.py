@@ -1,5 +1,6 @@
 """Stored targets of a frozen teacher: what they go with, and what a plan counts."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,7 +8,10 @@ import pytest
 from dinoscale.config import RunConfig, parse_config
 from dinoscale.engine.model_sizes import dims_of, flops_of
 from dinoscale.errors import ConfigError
+from dinoscale.planning.plan.frozen_networks import features, followed_forward, kept
+from dinoscale.planning.plan.memory_model import persistent
 from dinoscale.training.targets.settings import require_storable
+from tests.unit.plan.tiny import SETUP
 
 MODEL = {
     "backbone": "vit_tiny_patch16_224",
@@ -72,6 +76,25 @@ def test_a_plan_counts_neither_a_frozen_network_nor_a_forward_of_the_average() -
     assert stored.stored_targets
     assert flops_of(live).teacher > flops_of(_dims_of_average()).teacher
     assert flops_of(stored).teacher < flops_of(_dims_of_average()).teacher
+
+
+@pytest.mark.parametrize("patch_weight", [0.0, 0.5])
+def test_a_plan_of_stored_features_counts_the_maps_and_the_loss_alone(patch_weight: float) -> None:
+    by = BY_FEATURES | {"patch_feature_weight": patch_weight}
+    live, stored = (dims_of(_config({key: "x", **by})) for key in ("teacher", "targets"))
+    assert replace(live, followed=None) == replace(stored, followed=None)
+    flops = flops_of(live)
+    assert flops.followed > 0
+    assert flops_of(stored) == replace(flops, followed=0)
+    for of_loss in (features, kept):
+        assert of_loss(stored, SETUP) == of_loss(live, SETUP)
+        assert (of_loss(stored, SETUP) > 0) == (patch_weight > 0)
+    assert followed_forward(live, SETUP) > 0
+    assert followed_forward(stored, SETUP) == 0
+    assert live.followed is not None
+    weights = SETUP.weight_bytes * live.followed.parameters
+    saved = persistent(live, SETUP)["teacher"] - persistent(stored, SETUP)["teacher"]
+    assert saved == pytest.approx(weights)
 
 
 def _dims_of_average() -> Any:
