@@ -19,7 +19,9 @@ log = logging.getLogger(__name__)
 
 
 def require_same_form(checkpoint: Checkpoint, config: RunConfig) -> None:
-    """Refuse to learn other outputs of a frozen teacher than before; it is not read for that.
+    """Refuse to learn outputs of a frozen teacher that cannot be; it is not read for that.
+
+    Other ones than before, or stored ones after a rollback, which are of the images it skipped.
 
     Its heads' outputs or its features, of class tokens or patches: each has maps of its own in the
     student, and features are learned from weights of which heads are not compared.
@@ -29,8 +31,16 @@ def require_same_form(checkpoint: Checkpoint, config: RunConfig) -> None:
         config: of the run.
 
     Raises:
-        ConfigError: a weight of features is 0 and was not, or the other way round.
+        ConfigError: a weight of features is 0 and was not, or the other way round; or the run has
+            skipped images and targets are stored.
     """
+    skipped = checkpoint.progress.data_offset
+    if config.distill.targets is not None and skipped:
+        raise ConfigError(
+            f"distill.targets: the run of {checkpoint.path} has rolled back and skipped the images "
+            f"of {skipped} steps, and stored targets are those of each step without that; go on "
+            "with distill.teacher, or start a new run with another run_dir"
+        )
     saved = checkpoint.state["config"].get("distill", {})
     if _named(saved) is None or not config.distill.is_given:
         return  # by their weights, see `read_same_teacher`

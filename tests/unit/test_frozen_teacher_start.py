@@ -33,7 +33,7 @@ def test_other_outputs_of_the_teacher_are_refused_before_it_is_read(
     then: dict[str, Any], now: dict[str, Any], key: str | None
 ) -> None:
     saved = _config(then).model_dump(mode="json")
-    checkpoint: Any = SimpleNamespace(path=Path("step_04"), state={"config": saved})
+    checkpoint = _checkpoint(saved)
     if key is None:
         require_same_form(checkpoint, _config(now))
         return
@@ -45,6 +45,22 @@ def test_other_outputs_of_the_teacher_are_refused_before_it_is_read(
             del saved["distill"][field]
     with pytest.raises(ConfigError, match=said):
         require_same_form(checkpoint, _config(now))
+
+
+def _checkpoint(saved: dict[str, Any], *, skipped: int = 0) -> Any:
+    progress = SimpleNamespace(data_offset=skipped)
+    return SimpleNamespace(path=Path("step_04"), state={"config": saved}, progress=progress)
+
+
+def test_a_run_that_skipped_images_cannot_go_on_with_stored_targets() -> None:
+    live = _config({})
+    stored = _config({"teacher": None, "targets": "t"})
+    saved = live.model_dump(mode="json")
+    require_same_form(_checkpoint(saved, skipped=3), live)
+    require_same_form(_checkpoint(saved), stored)
+    said = r"^distill.targets: the run of step_04 has rolled back and skipped the images of 3 steps"
+    with pytest.raises(ConfigError, match=said):
+        require_same_form(_checkpoint(saved, skipped=3), stored)
 
 
 WHOLE = {"drop_path_rate": 0.0}
