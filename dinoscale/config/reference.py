@@ -186,13 +186,16 @@ patches `model.patch_size` and what `ibot` draws, and no more steps than are sto
 differ in anything else: backbone, adapters, rates, momentum, temperatures, micro-batch, ZeRO stage,
 ranks. Mixed sizes of crops are stored as they are drawn; of a run of phases add `phase=NAME`. A
 Gram loss, `train.micro_batch_size=auto` and `train.max_rollbacks` do not go with stored targets.
-Each file has a checksum, read when its steps come near, and each micro-batch is compared with the
-images and crops that the targets are of. A killed command goes on where it was when it is started
-again, and writes anew what the folder has lost; ranks share each step, and their number changes no
-byte as long as micro-batches stay as large. Images that cannot be read are replaced, and count
-against `data.max_bad_fraction`, as in training; `unreadable` in `manifest.json` lists them. Leave
-them as they are until all students are trained. A later phase may name targets, too, with
-`{run_dir}` as for a teacher; they have to be finished when the first one starts.
+Each file has a checksum, read when its steps come near. Each micro-batch is compared with what the
+targets are of: the numbers of its images, a CRC-32 of the decoded pixels of its global crops and of
+what was drawn for them, and the chosen patches. So other contents of a file, another decoder, and
+an image that could be read only then or only now end the run with a sentence. A killed command goes
+on where it was when it is started again, and writes anew what the folder has lost; ranks share each
+step, and their number changes no byte as long as micro-batches stay as large. Images that cannot be
+read are replaced, and count against `data.max_bad_fraction`, as in training; `unreadable` in
+`manifest.json` lists them. Leave them as they are until all students are trained. A later phase may
+name targets, too, with `{run_dir}` as for a teacher; they have to be finished when the first one
+starts.
 
 Bytes of an image in an epoch, and of ImageNet-1k's 1.28 M; what it takes is said before it begins,
 and a disk with less space is refused:

@@ -154,6 +154,11 @@ class Feed:
         self._config, self._plan, self._process, self._source = config, plan, process, source
         self._depth, self._targets = depth, targets
 
+    def close(self) -> None:
+        """Let go of what is stored of a frozen teacher."""
+        if self._targets is not None:
+            self._targets.close()
+
     def steps(
         self,
         first: int,

@@ -5,7 +5,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -158,7 +158,7 @@ class Run:
         """
         # Log lines appear above the progress bar; other ranks have no bar and log only warnings.
         bar = logging_redirect_tqdm() if self.process.rank == 0 else nullcontext()
-        with bar, self._finishing_saves():
+        with bar, closing(self.feed), self._finishing_saves():
             self._begin()
             while self.progress.step < self.plan.stop_step:
                 self._take_steps()  # to the end, or to a rollback

@@ -5,18 +5,21 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dinoscale.checkpoint.layout import directory, shard_file
 from dinoscale.checkpoint.load import open_run
 from dinoscale.config.resolve import resolve
-from dinoscale.errors import ConfigError, DataError, DinoscaleError, OutputError
+from dinoscale.data.sources.bad_samples import BadSample
+from dinoscale.errors import CheckpointError, ConfigError, DataError, DinoscaleError, OutputError
+from dinoscale.runtime.outputs import sha256
 from tests.distributed.tiny_run import dinov2, tiny_config
 from tests.harness import RankFailedError, run_distributed
 
@@ -58,7 +61,7 @@ def _run(run_dir: Path, *, stop: int = STEPS, images: int = 1, **changes: Any) -
     sections["train"] = {"epochs": 2, "batch_size": 4, "micro_batch_size": images}
     sections["train"] |= {"stop_after_steps": stop} | changes.get("train", {})
     sections["data"] = {"train": f"synthetic:shapes?images={IMAGES}&size=40", "num_workers": 0}
-    sections["checkpoint"] = {"every_steps": 1, "keep_last": 9}
+    sections["checkpoint"] = {"every_steps": 9, "keep_last": 9}
     return {"run_dir": str(run_dir), **sections}
 
 
@@ -87,6 +90,10 @@ def work(jobs: list[tuple[str, dict[str, Any], str]]) -> list[str]:
         try:
             if kind == "train":
                 train(tiny_config(**run), process)
+                for thread in threading.enumerate():
+                    if thread.name.startswith("targets"):
+                        thread.join(10)
+                        assert not thread.is_alive(), "it waits for steps that nobody takes"
             else:
                 write_targets(tiny_config(**run), process, out, shard_steps=SHARD_STEPS)
             ends.append("done")
@@ -260,8 +267,9 @@ NO_HEADS: dict[str, Any] = {"head": None, "patch_head": None}
         (
             "first",
             {"distill": {"patch_head": HEADS["patch_head"] | {"bottleneck_dim": 10}}},
-            r"patch_head.last_layer.weight_v .* is \[29, 11\] in .* \[29, 10\] by distill",
+            r"head of patch tokens of .* is not that of distill.patch_head.* of another shape",
         ),
+        ("first", {"distill": {"patch_head": None}}, "has a head of its own for patch tokens"),
         ("first", CLASSES_ALONE, None),  # which are there, too
         ("first", {}, None),
     ],
@@ -275,6 +283,33 @@ def test_what_decides_the_targets_is_the_same(
         return
     with pytest.raises(ConfigError, match=rf"^distill.targets: .*{says}"):
         _open(root, pair, targets=targets, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"patch_head.last_layer.weight_v": None}, "has no own head of patch tokens; compute"),
+        ({"head.last_layer.bias": torch.zeros(33)}, "is not that of distill.head.*unexpected"),
+        ({"head.last_layer.weight_g": torch.full((33, 1), 2.0)}, "distill.head.*norms between 2 a"),
+        ({"head.last_layer.weight_g": torch.ones(33, 1)}, None),  # as normed ones are
+    ],
+)
+def test_prototypes_are_those_of_the_heads_that_the_student_names(
+    root: Path, tmp_path: Path, changed: dict[str, torch.Tensor | None], says: str | None
+) -> None:
+    folder = tmp_path / "targets"
+    shutil.copytree(root / "targets", folder)
+    path = folder / "prototypes.safetensors"
+    found = load_file(path) | changed
+    save_file({name: value for name, value in found.items() if value is not None}, path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["prototypes"] |= {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    if says is None:
+        _open(root, "first", targets=str(folder))
+        return
+    with pytest.raises((CheckpointError, ConfigError), match=rf"^distill.targets: .*{says}"):
+        _open(root, "first", targets=str(folder))
 
 
 @pytest.mark.parametrize("damage", ["missing", "short", "flipped", "manifest", "absent"])
@@ -300,7 +335,7 @@ def test_damaged_targets_are_named(root: Path, tmp_path: Path, damage: str) -> N
         "missing": r"slot-00001.safetensors is missing",
         "short": r"slot-00001.safetensors is damaged: it has \d+ bytes",
         "flipped": r"slot-00001.safetensors is damaged: its SHA-256 is",
-        "manifest": r"manifest.json cannot be read \(.format.\)",
+        "manifest": r"manifest.json is not as it was written \(KeyError: .format.\)",
         "absent": r"is not there; compute them with",
     }[damage]
     with pytest.raises(DataError, match=rf"^distill.targets: .*{says}") as raised:
@@ -341,20 +376,32 @@ def _crops(root: Path, index: int) -> tuple[Any, torch.Tensor]:
     return next(feed.steps(0, offset=0))[index], masks.rows
 
 
-@pytest.mark.parametrize("kind", ["images", "crops", "patches"])
+@pytest.mark.parametrize("kind", ["images", "crops", "pixels", "unreadable", "patches"])
 def test_each_micro_batch_is_compared_with_what_its_targets_are_of(root: Path, kind: str) -> None:
     reader = _first(root, root / "targets")
     batch, rows = _crops(root, 1)
     assert len(rows)
     reader.of(0, 1, batch, rows)
-    params = batch.params.copy()
+    params, pixels = batch.params.copy(), batch.global_crops.clone()
     params["flip"][0] ^= True
+    pixels[1, 0, -1, -1, -1] += 1
+    bad = [BadSample("a.jpg", "cut off", sample_id=0, replaced_by=1, repeat=0)]
     others = {
         "images": (replace(batch, sample_ids=batch.sample_ids + 1), rows),
         "crops": (replace(batch, params=params), rows),
+        "pixels": (replace(batch, global_crops=pixels), rows),
+        "unreadable": (replace(batch, global_crops=pixels, bad=bad), rows),
         "patches": (batch, rows + 1),
     }
-    with pytest.raises(DataError, match=rf"^distill.targets: the {kind} of step 0 are others"):
+    of_crops = "the crops of step 0 are others"
+    says = {
+        "images": "the images of step 0 are others .* another version of dinoscale",
+        "crops": f"{of_crops} .* an image could not be read when they were stored, files of",
+        "pixels": f"{of_crops} .* other contents, or another version .* start again, or compute",
+        "unreadable": rf"{of_crops} .*: a.jpg cannot be read now \(cut off\)",
+        "patches": "the patches of step 0 are others",
+    }
+    with pytest.raises(DataError, match=rf"^distill.targets: {says[kind]}"):
         reader.of(0, 1, *others[kind])
 
 

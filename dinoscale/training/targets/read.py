@@ -2,15 +2,16 @@
 
 Whether they are those of a run is asked three times: of the settings, before it starts; of the
 bytes of a file, by its checksum, when the first of its steps comes near; and of each micro-batch,
-by its images, their crops and chosen patches.
+by the numbers of its images, the pixels of their global crops and the chosen patches.
 """
 
 import json
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -19,17 +20,20 @@ from torch import Tensor
 
 from dinoscale.config import RunConfig
 from dinoscale.config.resolve import RunPlan
+from dinoscale.convert.fitted_heads import fitted_teacher_heads
 from dinoscale.data.loader import Batch
 from dinoscale.data.transfer import to_device
-from dinoscale.engine.build import InitialWeights, shapes_only
+from dinoscale.engine.build import InitialWeights
 from dinoscale.engine.frozen.stored import LAST_LAYER
 from dinoscale.engine.micro_batch import StoredTargets
-from dinoscale.errors import ConfigError, DataError
+from dinoscale.errors import ConfigError, DataError, UnavailableError
 from dinoscale.evaluate.embedding.folder import MANIFEST, said
 from dinoscale.runtime import distributed
 from dinoscale.runtime.launcher_env import Process
 from dinoscale.runtime.opening import on_first_rank
 from dinoscale.runtime.outputs import sha256
+from dinoscale.runtime.retry import RetryBudget, is_permanent
+from dinoscale.training.targets.manifest import require_whole
 from dinoscale.training.targets.settings import (
     HEADS,
     changed_settings,
@@ -40,7 +44,10 @@ from dinoscale.training.targets.settings import (
 )
 from dinoscale.training.targets.stripes import FORMAT, Stored, StripeFile, joined
 
+T = TypeVar("T")
+
 KEY = "distill.targets"
+_DRAWN = "another version of dinoscale or of a decoder drew them"
 _AHEAD = 2  # steps that are read before they are asked for
 _ANEW = "compute them with `dinoscale embed --targets`"
 _AGAIN = "start the `dinoscale embed --targets` that wrote it again"
@@ -86,40 +93,60 @@ def open_targets(
 
     Raises:
         ConfigError: on every rank, if they are of other settings, or of fewer steps.
-        DataError: on every rank, if the folder is unfinished or lacks a file.
+        DataError: on every rank, if the folder is unfinished, lacks a file, or its manifest is not
+            as it was written.
+        UnavailableError: on every rank, if it cannot be read now.
     """
     if config.distill.targets is None:
         return None
-    opened = on_first_rank(lambda beat: _opened(config, plan, images, beat), heartbeat)
+    opened = on_first_rank(lambda beat: _folder(config, plan, images, beat), heartbeat)
     return distributed.broadcast_object(opened)
 
 
-def _opened(
+def _folder(
     config: RunConfig, plan: RunPlan, images: str, heartbeat: Callable[[], None]
 ) -> TargetFolder:
     assert config.distill.targets is not None
-    path = Path(config.distill.targets)
+    path, disk = Path(config.distill.targets), RetryBudget()
+    manifest = _manifest(path, disk)
+    _require_fitting(path, manifest, config, plan, images)
+    if manifest["settings"]["outputs"]["of"] == HEADS:
+        _require_size(path, manifest["prototypes"], disk)
+    for record in manifest["shards"]:
+        if record["first"] < plan.stop_step:
+            for entry in record["arrays"].values():
+                _require_size(path, entry, disk)
+        heartbeat()
+    return TargetFolder(path, manifest)
+
+
+def _manifest(path: Path, disk: RetryBudget) -> dict[str, Any]:
+    """That of a folder, checked.
+
+    Raises:
+        DataError: there is none, or it is not as it was written.
+        UnavailableError: it cannot be read now.
+    """
+    file = path / MANIFEST
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        is_ours = manifest["format"] == FORMAT
+        data = disk.read(file.read_bytes, file)
     except FileNotFoundError:
         why = "is not finished: start the command that writes it again" if path.is_dir() else ""
         text = why or f"is not there; {_ANEW}"
         raise DataError(f"{KEY}: {path} has no {MANIFEST} and {text}") from None
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise DataError(f"{KEY}: {path / MANIFEST} cannot be read ({error}); {_ANEW}") from None
-    if not is_ours:
-        raise DataError(f"{KEY}: {path} holds something else than targets ({FORMAT!r}); {_ANEW}")
+    except OSError as error:
+        raise _read_error(file, error) from None
     try:
-        _require_fitting(path, manifest, config, plan, images)
-        for record in manifest["shards"]:
-            if record["first"] < plan.stop_step:
-                _require_files(path, record)
-            heartbeat()
+        manifest: dict[str, Any] = json.loads(data)
+        if manifest["format"] != FORMAT:
+            raise DataError(
+                f"{KEY}: {path} holds something else than targets ({FORMAT!r}); {_ANEW}"
+            )
+        require_whole(manifest)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         text = f"is not as it was written ({type(error).__name__}: {error})"
-        raise DataError(f"{KEY}: {path / MANIFEST} {text}; {_ANEW}") from None
-    return TargetFolder(path, manifest)
+        raise DataError(f"{KEY}: {file} {text}; copy the folder again, or {_ANEW}") from None
+    return manifest
 
 
 def _require_fitting(
@@ -160,65 +187,67 @@ def _require_fitting(
         )
 
 
-def _require_files(path: Path, record: dict[str, Any]) -> None:
-    for entry in record["arrays"].values():
-        if Path(entry["file"]).name != entry["file"]:
-            raise ValueError(f"{entry['file']!r} is not in the folder")
-        file = path / entry["file"]
-        try:
-            size = file.stat().st_size
-        except OSError as error:
-            raise DataError(f"{KEY}: {file} is missing ({error.strerror}); {_AGAIN}") from None
-        if size != entry["bytes"]:
-            raise DataError(
-                f"{KEY}: {file} is damaged: it has {size} bytes, and {MANIFEST} says "
-                f"{entry['bytes']}; remove it, and {_AGAIN}"
-            )
+def _require_size(folder: Path, entry: dict[str, Any], disk: RetryBudget) -> None:
+    file = folder / entry["file"]
+    try:
+        size = disk.read(file.stat, file).st_size
+    except OSError as error:
+        raise _read_error(file, error) from None
+    if size != entry["bytes"]:
+        raise DataError(
+            f"{KEY}: {file} is damaged: it has {size} bytes, and {MANIFEST} says "
+            f"{entry['bytes']}; remove it, and {_AGAIN}"
+        )
+
+
+def _read_error(file: Path, error: OSError) -> DataError:
+    """Of a file that cannot be read, after retries; what to do depends on why."""
+    why = error.strerror or error
+    if isinstance(error, FileNotFoundError):
+        return DataError(f"{KEY}: {file} is missing ({why}); {_AGAIN}")
+    if is_permanent(error):
+        return DataError(f"{KEY}: {file} cannot be read ({why}); make it readable")
+    return UnavailableError(
+        f"{KEY}: {file} cannot be read now ({why}). It may be intact: repair the file system, "
+        "then start again"
+    )
 
 
 def read_prototypes(config: RunConfig, folder: TargetFolder) -> InitialWeights | None:
     """The last layers of the teacher's heads, and whose they are, on rank 0; collective.
 
     Raises:
-        ConfigError: on every rank, if they are not of the sizes that the settings say.
+        CheckpointError: on every rank, if their norms are others than `distill` says.
+        ConfigError: on every rank, if they are not those of the heads of `distill`.
         DataError: on every rank, if their file is damaged.
     """
     return on_first_rank(lambda _: _prototypes(config, folder))
 
 
 def _prototypes(config: RunConfig, folder: TargetFolder) -> InitialWeights:
-    teacher, heads = folder.manifest["teacher"], dict[str, dict[str, Tensor]]()
+    teacher = folder.manifest["teacher"]
+    begun = partial(InitialWeights, licence=teacher["licence"], identity=teacher["identity"])
     if not config.distill.by_heads:
-        return InitialWeights({}, licence=teacher["licence"], identity=teacher["identity"])
+        return begun({})
     entry = folder.manifest["prototypes"]
     path = folder.path / entry["file"]
     _require_sum(path, entry["sha256"])
-    found = load_file(path)
-    for name, value in shapes_only(config.of_teacher).named_parameters():
-        if LAST_LAYER not in name:
-            continue
+    given: dict[str, dict[str, Tensor]] = {}
+    for name, value in _opened(path, load_file).items():
         head, _, key = name.partition(".")
-        shape = [*found[name].shape] if name in found else "absent"
-        if shape != [*value.shape]:
-            raise ConfigError(
-                f"{KEY}: {name} of the teacher is {shape} in {folder.path} and {[*value.shape]} by "
-                f"distill.{head}; give the head whose outputs they are"
-            )
-        heads.setdefault(head, {})[key] = found[name]
-    return InitialWeights(
-        {},
-        heads.get("head"),
-        heads.get("patch_head"),
-        licence=teacher["licence"],
-        identity=teacher["identity"],
+        given.setdefault(head, {})[key] = value
+    layer = LAST_LAYER.removeprefix(".")
+    heads = fitted_teacher_heads(
+        config, given, path=str(folder.path), key=KEY, remedy=_ANEW, layer=layer
     )
+    return begun({}, *heads)
 
 
 def _require_sum(path: Path, wanted: str) -> None:
     try:
-        found = sha256(path)
+        found = RetryBudget().read(lambda: sha256(path), path)
     except OSError as error:
-        raise DataError(f"{KEY}: cannot read {path}: {error.strerror}; {_ANEW}") from None
+        raise _read_error(path, error) from None
     if found != wanted:
         raise DataError(
             f"{KEY}: {path} is damaged: its SHA-256 is {found[:12]}, and {MANIFEST} says "
@@ -240,6 +269,11 @@ class TargetReader:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="targets")
         self._steps: dict[int, Future[list[Stored]]] = {}
         self._open: dict[tuple[int, str], StripeFile] = {}  # by shard and name; of the thread
+        self._slot: tuple[tuple[int, int], Stored] | tuple[None, None] = None, None  # the last one
+
+    def close(self) -> None:
+        """Read no more; what is being read is not waited for."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def of(self, step: int, index: int, batch: Batch, rows: Tensor | None) -> StoredTargets:
         """What is stored of micro-batch `index` of a step, on the device.
@@ -271,7 +305,7 @@ class TargetReader:
     def _require_same(self, step: int, stored: Stored, batch: Batch, rows: Tensor | None) -> None:
         pairs = {
             "images": (stored.images, batch.sample_ids),
-            "crops": (stored.crops, crop_sums(batch.params)),
+            "crops": (stored.crops, crop_sums(batch.global_crops, batch.params)),
         }
         if rows is not None:
             grid = (batch.global_crops.shape[2] // self._patch_size) ** 2
@@ -280,10 +314,10 @@ class TargetReader:
             pairs["patches"] = of_patches, rows
         for name, (there, here) in pairs.items():
             if not torch.equal(there, here):
+                why = _why_crops_differ(batch) if name == "crops" else f"{_DRAWN}; {_ANEW}"
                 raise DataError(
                     f"{KEY}: the {name} of step {step} are others than those of "
-                    f"{self._folder.path}, though the settings agree, perhaps as another version "
-                    f"drew them; {_ANEW}"
+                    f"{self._folder.path}, though the settings agree: {why}"
                 )
 
     def _read(self, step: int) -> list[Stored]:
@@ -306,14 +340,37 @@ class TargetReader:
         path = self._folder.path / entry["file"]
         if (shard, entry["file"]) not in self._open:
             _require_sum(path, entry["sha256"])
-            self._open[shard, entry["file"]] = _opened_stripe(path)
+            self._open[shard, entry["file"]] = _opened(path, StripeFile)
         begin = slot * self._of_slot
-        stored = self._open[shard, entry["file"]].step(step, patches=self._patches)
+        if self._slot[0] != (step, slot):  # smaller micro-batches take several parts of it
+            stored = self._open[shard, entry["file"]].step(step, patches=self._patches)
+            self._slot = (step, slot), stored
+        _, stored = self._slot
         return stored.part(max(first - begin, 0), min(stop - begin, self._of_slot))
 
 
-def _opened_stripe(path: Path) -> StripeFile:
+def _why_crops_differ(batch: Batch) -> str:
+    """What may have changed the crops of a micro-batch, and what to do."""
+    if batch.bad:
+        first = batch.bad[0]
+        return (
+            f"{first.path} cannot be read now ({first.error}), and another image takes its place; "
+            f"make it readable and start again, or, if it was so when they were stored, {_ANEW}"
+        )
+    return (
+        "an image could not be read when they were stored, files of data.train have other "
+        f"contents, or {_DRAWN}; restore what has changed and start again, or {_ANEW}"
+    )
+
+
+def _opened(path: Path, read: Callable[[Path], T]) -> T:
+    """What `read` makes of a file whose checksum was right."""
     try:
-        return StripeFile(path)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{KEY}: {path} cannot be read ({error}); {_ANEW}") from None
+        return RetryBudget().read(lambda: read(path), path)
+    except OSError as error:
+        raise _read_error(path, error) from None
+    except SafetensorError as error:
+        raise DataError(
+            f"{KEY}: {path} cannot be read ({error}); start again, and if it stays so, remove it, "
+            f"and {_AGAIN}"
+        ) from None

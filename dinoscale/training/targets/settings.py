@@ -71,13 +71,22 @@ def changed_settings(stored: dict[str, Any], own: dict[str, Any]) -> list[str]:
     return differences({key: stored[key] for key in stored.keys() - unused}, own)
 
 
-def crop_sums(params: Params) -> Tensor:
-    """A checksum of what was drawn for the global crops of each image, (B,) int64.
+def crop_sums(global_crops: Tensor, params: Params) -> Tensor:
+    """A CRC-32 of the global crops of each image and of what was drawn for them, (B,) int64.
+
+    The pixels are those before colours are augmented on the device. An image of other contents, or
+    in place of an unreadable one, has another.
 
     Args:
+        global_crops: uint8 (2, B, H, H, C).
         params: records of all crops (2 + n, B).
     """
-    sums = [zlib.crc32(params[:NUM_GLOBAL, image].tobytes()) for image in range(params.shape[1])]
+    sums = []
+    for image in range(params.shape[1]):
+        found = zlib.crc32(params[:NUM_GLOBAL, image].tobytes())
+        for view in global_crops[:, image]:
+            found = zlib.crc32(view.contiguous().numpy(), found)
+        sums.append(found)
     return torch.tensor(sums, dtype=torch.int64)
 
 

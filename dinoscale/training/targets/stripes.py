@@ -4,8 +4,8 @@ The images of a step's global batch that one forward takes are a slot. A file ho
 consecutive steps, a stripe: how many ranks there are decides who writes or reads it, not what it
 holds. It is a safetensors file; of each step it has
 
-    STEP.images    int64 (B,)       their numbers in data.train
-    STEP.crops     int64 (B,)       checksums of what was drawn for their global crops
+    STEP.images    int64 (B,)       their numbers in data.train, as drawn: an unreadable one's, too
+    STEP.crops     int64 (B,)       CRC-32 of the pixels of their global crops and what was drawn
     STEP.classes   (2, B, D)        unit vectors of class tokens, or class features
     STEP.counts    int32 (2, B)     chosen patches of each global crop
     STEP.places    int32 (M,)       which patches of their crops these are
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dinoscale.data.augmentation.multi_crop import NUM_GLOBAL
 
-FORMAT = "dinoscale targets 1"
+FORMAT = "dinoscale targets 2"  # of 1 the checksums were of no pixels
 PROTOTYPES = "prototypes.safetensors"
 
 

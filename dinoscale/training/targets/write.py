@@ -348,7 +348,7 @@ def _stored(job: _Job, teacher: FrozenTeacher[Any], step: int, index: int, batch
     of_globals = replace(batch, local_crops=batch.local_crops[:0], params=batch.params[:NUM_GLOBAL])
     compiled = config.engine.compile is not False
     crops = finish_batch(of_globals, config.data, device, compiled=compiled)
-    about = {"images": batch.sample_ids, "crops": crop_sums(batch.params)}
+    about = {"images": batch.sample_ids, "crops": crop_sums(batch.global_crops, batch.params)}
     if isinstance(teacher, FeatureTeacher):
         features = teacher.targets(MicroBatch(*crops, None))
         patches = features.patches

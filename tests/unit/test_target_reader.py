@@ -1,0 +1,191 @@
+"""A folder of stored targets, made by hand: its manifest is checked, and its files are read."""
+
+import copy
+import errno
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dinoscale.config import RunConfig
+from dinoscale.errors import DataError, UnavailableError
+from dinoscale.runtime.launcher_env import read_process
+from dinoscale.runtime.outputs import sha256
+from dinoscale.training.targets import read
+from dinoscale.training.targets.manifest import require_whole
+from dinoscale.training.targets.read import TargetFolder, TargetReader, open_targets
+from dinoscale.training.targets.settings import crop_sums
+from dinoscale.training.targets.stripes import FORMAT, Stored, StripeFile
+from tests.distributed.tiny_run import tiny_config, tiny_plan
+
+STEPS, SHARD_STEPS, IMAGES, OF_SLOT = 3, 2, 4, 2
+CROPS = torch.arange(2 * 8 * 8 * 3, dtype=torch.uint8).view(2, 1, 8, 8, 3)
+PARAMS: Any = np.zeros((2, 1), dtype=[("flip", "?")])
+
+
+def _config(folder: Path) -> RunConfig:
+    return tiny_config(
+        train={"batch_size": IMAGES, "micro_batch_size": 1, "stop_after_steps": STEPS},
+        distill={"targets": str(folder), "class_feature_weight": 1.0},
+    )
+
+
+def _stored(step: int, slot: int) -> Stored:
+    """Of images whose crops are all alike; their classes say which they are."""
+    images = torch.arange(slot * OF_SLOT, (slot + 1) * OF_SLOT)
+    classes = (10.0 * step + images).view(1, OF_SLOT, 1).expand(2, OF_SLOT, 3)
+    return Stored(images, crop_sums(CROPS, PARAMS).expand(OF_SLOT).clone(), classes.contiguous())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> TargetFolder:
+    """Of two slots of each step."""
+    shards = []
+    for first in range(0, STEPS, SHARD_STEPS):
+        stop, arrays = min(first + SHARD_STEPS, STEPS), {}
+        for slot in range(IMAGES // OF_SLOT):
+            path = tmp_path / f"{first}-{slot}.safetensors"
+            found: dict[str, torch.Tensor] = {}
+            for step in range(first, stop):
+                found |= _stored(step, slot).named(step)
+            save_file(found, path)
+            about = {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
+            arrays[str(slot)] = about
+        shards.append({"first": first, "stop": stop, "arrays": arrays})
+    manifest = {
+        "format": FORMAT,
+        "teacher": {"identity": "0", "licence": None},
+        "prototypes": {"file": "prototypes.safetensors", "bytes": 1, "sha256": "0"},
+        "settings": {
+            "run": {"train": {"batch_size": IMAGES}},
+            "outputs": {"of": "heads", "patches": False, "width": None},
+            "steps": STEPS,
+            "shard_steps": SHARD_STEPS,
+            "train": {"micro_batch_size": OF_SLOT},
+        },
+        "shards": shards,
+    }
+    require_whole(manifest)
+    return TargetFolder(tmp_path, manifest)
+
+
+def _reader(folder: TargetFolder) -> TargetReader:
+    config = _config(folder.path)
+    return TargetReader(folder, config, tiny_plan(config), read_process({}))
+
+
+def _read(reader: TargetReader, step: int, index: int) -> list[float]:
+    ids = torch.tensor([index])
+    batch: Any = SimpleNamespace(sample_ids=ids, global_crops=CROPS, params=PARAMS, bad=[])
+    return reader.of(step, index, batch, None).classes[:, 0].tolist()
+
+
+def test_small_micro_batches_read_a_slot_once(
+    folder: TargetFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, step_of = [], StripeFile.step
+
+    def counted(file: StripeFile, step: int, *, patches: bool) -> Stored:
+        asked.append(step)
+        return step_of(file, step, patches=patches)
+
+    monkeypatch.setattr(StripeFile, "step", counted)
+    reader = _reader(folder)
+    for step in range(STEPS):
+        for index in range(IMAGES):
+            assert _read(reader, step, index) == 2 * [10.0 * step + index]
+    reader.close()
+    assert asked == [0, 0, 1, 1, 2, 2]
+
+
+def test_nothing_is_read_once_a_reader_is_closed(folder: TargetFolder) -> None:
+    before = {*threading.enumerate()}
+    reader = _reader(folder)
+    _read(reader, 0, 0)
+    (thread,) = {*threading.enumerate()} - before
+    reader.close()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def _failing(times: int, then: Callable[..., Any]) -> Callable[..., Any]:
+    """Fails so often as a file server that is restarted does."""
+    left = iter(range(times))
+
+    def call(*arguments: Any) -> Any:
+        if next(left, None) is not None:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return then(*arguments)
+
+    return call
+
+
+@pytest.mark.parametrize("name", ["sha256", "StripeFile"])
+def test_a_file_system_that_fails_for_a_moment_ends_no_run(
+    folder: TargetFolder, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("dinoscale.runtime.retry.time.sleep", lambda _s: None)
+    monkeypatch.setattr(read, name, _failing(2, getattr(read, name)))
+    assert _read(_reader(folder), 0, 1) == [1.0, 1.0]
+    monkeypatch.setattr(read, name, _failing(99, getattr(read, name)))
+    says = (
+        r"^distill.targets: .* cannot be read now \(Stale .*intact: repair the file system, then s"
+    )
+    with pytest.raises(UnavailableError, match=says) as raised:
+        _read(_reader(folder), 0, 1)
+    assert "compute" not in str(raised.value)
+
+
+def test_a_manifest_that_cannot_be_read_now_may_be_intact(
+    folder: TargetFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dinoscale.runtime.retry.time.sleep", lambda _s: None)
+    monkeypatch.setattr(Path, "read_bytes", _failing(99, Path.read_bytes))
+    with pytest.raises(UnavailableError, match=r"manifest.json cannot be read now"):
+        _open(folder)
+
+
+def _open(folder: TargetFolder) -> None:
+    config = _config(folder.path)
+    open_targets(config, tiny_plan(config), "")
+
+
+def _entry(manifest: Any) -> Any:
+    return manifest["shards"][1]["arrays"]["1"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda m: m.update(prototypes=None), "TypeError"),
+        (lambda m: m["teacher"].pop("licence"), "'licence'"),
+        (lambda m: m.update(shards=[]), "the number of shards cannot be right"),
+        (lambda m: m["shards"].pop(), "the number of shards cannot be right"),
+        (lambda m: m["shards"][1]["arrays"].pop("1"), "the slots of the shard of the steps 2..2 c"),
+        (lambda m: m["settings"].update(shard_steps=0), "settings.shard_steps cannot be right"),
+        (lambda m: m["settings"].update(steps="3"), "settings.steps cannot be right"),
+        (lambda m: m["shards"][1].update(first=1), "the shard of the steps 2..2 cannot be right"),
+        (lambda m: m["shards"][0].update(stop=1), "the shard of the steps 0..1 cannot be right"),
+        (lambda m: _entry(m).update(file="../a"), "'../a', the file of slot 1 of the .* is not in"),
+        (lambda m: _entry(m).update(file=".."), "'..', the file of slot 1 of the .* is not in"),
+        (lambda m: m["prototypes"].update(file="/a"), "'/a', the file of prototypes, is not in"),
+        (lambda m: _entry(m).pop("sha256"), "'sha256'"),
+    ],
+)
+def test_a_manifest_that_says_too_little_is_refused(
+    folder: TargetFolder, change: Callable[[Any], object], says: str
+) -> None:
+    manifest = copy.deepcopy(folder.manifest)
+    change(manifest)
+    (folder.path / "manifest.json").write_text(json.dumps(manifest))
+    says = rf"^distill.targets: .*manifest.json is not as it was written \(.*{says}"
+    with pytest.raises(DataError, match=says) as raised:
+        _open(folder)
+    assert raised.value.exit_code == 2
