@@ -130,13 +130,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for pair in PAIRS:
         targets = "targets_features" if pair == "features" else "targets"
         jobs.append(("train", _student(root, f"{pair}_live", pair), ""))
+        if pair == "first":  # the run of stored targets goes on from the live teacher
+            jobs.append(("train", _student(root, "first_stored", "first", stop=STOP), ""))
         jobs.append(("train", _student(root, f"{pair}_stored", pair, targets=targets), ""))
-    more = [
-        _student(root, "resumed", "first", stop=STOP),  # live
-        _student(root, "resumed", "first", targets="targets"),
-        _student(root, "pairs", "first", images=2, targets="targets"),
-    ]
-    jobs += [("train", run, "") for run in more]
+    jobs.append(("train", _student(root, "pairs", "first", images=2, targets="targets"), ""))
     function = "tests.distributed.test_stored_targets:work"
     first, _ = run_distributed(function, world_size=2, timeout_s=150, jobs=jobs)
     assert first == len(jobs) * ["done"]
@@ -171,9 +168,14 @@ def test_two_students_of_one_folder_are_different_ones(root: Path) -> None:
     assert all(one != other for one, other in zip(first, second, strict=True))
 
 
-def test_a_run_of_the_live_teacher_goes_on_with_its_stored_targets(root: Path) -> None:
-    assert _logged(root / "resumed") == _logged(root / "first_live")
-    assert _differing(root / "resumed", root / "first_live") == []
+def test_a_run_of_the_live_teacher_has_gone_on_with_its_stored_targets(root: Path) -> None:
+    begun, resumed = (
+        open_run(directory(root / "first_stored", step)).state["config"]["distill"]
+        for step in (STOP, STEPS)
+    )
+    assert (begun["targets"], resumed["teacher"]) == (None, None)
+    assert begun["teacher"]
+    assert resumed["targets"]
 
 
 def test_micro_batches_of_another_size_read_the_same_targets(root: Path) -> None:
@@ -269,7 +271,11 @@ NO_HEADS: dict[str, Any] = {"head": None, "patch_head": None}
             {"distill": {"patch_head": HEADS["patch_head"] | {"bottleneck_dim": 10}}},
             r"head of patch tokens of .* is not that of distill.patch_head.* of another shape",
         ),
-        ("first", {"distill": {"patch_head": None}}, "has a head of its own for patch tokens"),
+        (
+            "first",
+            {"distill": {"patch_head": None}, "patch_head": {"num_prototypes": 33}},
+            "has a head of its own for patch tokens",
+        ),
         ("first", CLASSES_ALONE, None),  # which are there, too
         ("first", {}, None),
     ],
@@ -411,9 +417,9 @@ def test_a_run_goes_on_with_the_targets_of_its_own_teacher_only(root: Path, tmp_
     manifest = json.loads((other / "manifest.json").read_text())
     manifest["teacher"]["identity"] = 64 * "0"
     (other / "manifest.json").write_text(json.dumps(manifest))
-    _open(root, "first", go_on=root / "resumed")
+    _open(root, "first", go_on=root / "first_stored")
     with pytest.raises(ConfigError, match=r"^distill.targets: the run of .* weights are others"):
-        _open(root, "first", targets=str(other), go_on=root / "resumed")
+        _open(root, "first", targets=str(other), go_on=root / "first_stored")
 
 
 def test_a_teacher_in_partitions_writes_the_same_bytes(root: Path) -> None:

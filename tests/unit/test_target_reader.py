@@ -81,9 +81,9 @@ def _reader(folder: TargetFolder) -> TargetReader:
     return TargetReader(folder, config, tiny_plan(config), read_process({}))
 
 
-def _read(reader: TargetReader, step: int, index: int) -> list[float]:
+def _read(reader: TargetReader, step: int, index: int, crops: torch.Tensor = CROPS) -> list[float]:
     ids = torch.tensor([index])
-    batch: Any = SimpleNamespace(sample_ids=ids, global_crops=CROPS, params=PARAMS, bad=[])
+    batch: Any = SimpleNamespace(sample_ids=ids, global_crops=crops, params=PARAMS, bad=[])
     return reader.of(step, index, batch, None).classes[:, 0].tolist()
 
 
@@ -103,6 +103,14 @@ def test_small_micro_batches_read_a_slot_once(
             assert _read(reader, step, index) == 2 * [10.0 * step + index]
     reader.close()
     assert asked == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("view", [0, 1])
+def test_one_pixel_of_another_image_is_noticed(folder: TargetFolder, view: int) -> None:
+    pixels = CROPS.clone()
+    pixels[view, 0, -1, -1, -1] += 1
+    with pytest.raises(DataError, match=r"^distill.targets: the crops of step 0 are others"):
+        _read(_reader(folder), 0, 1, pixels)
 
 
 def test_nothing_is_read_once_a_reader_is_closed(folder: TargetFolder) -> None:
