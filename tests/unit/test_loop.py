@@ -91,11 +91,12 @@ def test_an_error_waits_for_the_checkpoint_being_written(error: Exception, waits
     run.plan = MagicMock(stop_step=1, steps_per_epoch=1)
     run.saver = MagicMock()
     run.saver.wait.return_value = None
-    run.data_wait = MagicMock()
+    run.data_wait, run.feed = MagicMock(), MagicMock()
     run.data_wait.restarted.side_effect = error
     with pytest.raises(type(error)):
         run.train()
     assert run.saver.wait.call_count == waits
+    run.feed.close.assert_called_once()  # its thread reads ahead
 
 
 def test_the_loader_is_told_which_steps_have_a_gram_loss() -> None:
