@@ -1,12 +1,14 @@
 """Several right classes for each image, from a JSON file beside the images.
 
 The file is ReaL's `real.json`, a list of 50,000 lists of ImageNet's class numbers in the order of
-the validation images, which are matched by the number in their names; or an object of any images,
+the validation images, which are matched by the number in their names, for a train set of the 1,000
+classes of ImageNet; or an object of any images,
 
     {"a/1.jpg": [3, 7], "a/2.jpg": ["cat"], "a/3.jpg": []}
 
 of paths relative to the folder of the images, or of file names that are there once. A class is a
-name or a number, as of the train set. An image without a class is not counted.
+name or a number, as of the train set; a number only where the classes have numbers of their own,
+from folders named by numbers, shards or `classes.txt`. An image without a class is not counted.
 
 Shape letters: N images of the set, n of those that can be read, L classes of an image at most.
 Source: Beyer et al. 2020 (arXiv:2006.07159).
@@ -29,7 +31,15 @@ import torch
 from torch import Tensor
 
 from dinoscale.data.shards.tar_source import TarSource
-from dinoscale.data.sources.classes import Classes, by_name, name_key, some_names
+from dinoscale.data.sources.classes import (
+    FILE_NAME,
+    Classes,
+    by_name,
+    classes_of,
+    name_key,
+    same_classes,
+    some_names,
+)
 from dinoscale.data.sources.source import Source
 from dinoscale.errors import DataError
 from dinoscale.evaluate.beside_images import images_root
@@ -39,6 +49,12 @@ log = logging.getLogger(__name__)
 
 NO_CLASS = -2  # fills rows of fewer classes; no answer, which is -1 where there is none
 IMAGENET_VAL = 50_000  # images
+IMAGENET_CLASSES = 1000
+_WORDNET_ID = re.compile(r"n\d{8}")
+# SHA-256 of the WordNet ids of ImageNet's classes, sorted, a line each: their order is that of the
+# numbers, and other sets of 1000 ids, as parts of ImageNet-21k, have another.
+_IMAGENET_IDS = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
+_LEAST_SHARE = 0.5  # ReaL keeps the own class of about 9 of 10 images, a wrong numbering of few
 _NUMBERED = re.compile(r"(?:^|_)(\d{8})(?!\d)")  # ILSVRC2012_val_00000293.JPEG, _n01440764 or not
 
 
@@ -50,11 +66,14 @@ class LabelLists:
         rows: (N, L) int64, L > 0, numbers of classes of the train set, then `NO_CLASS`.
         named: the classes that the file names, ascending.
         sha256: of the file.
+        own_class_share: of the images with a class in the file, that whose own class, as of their
+            folder, is among these, 0 to 1; None where they have none of their own.
     """
 
     rows: Tensor
     named: list[int]
     sha256: str
+    own_class_share: float | None = None
 
     def of(self, numbers: Tensor) -> Tensor:
         """Classes (n, L) of images by their numbers (n,), on the device of these."""
@@ -80,13 +99,14 @@ def read_label_lists(path: str | Path, source: Source, spec: str, classes: Class
 
     Args:
         path: the JSON file.
-        source: the images, with or without classes of their own, which do not matter.
+        source: the images; classes of their own are compared with those of the file.
         spec: what they were opened from.
         classes: of the train set.
 
     Raises:
         DataError: the file cannot be read or contradicts itself, names a class that the train set
-            lacks, or has no entry for an image.
+            lacks, or has no entry for an image; it is ReaL's, and the classes of the train set are
+            not known to be those of ImageNet, or are not those of the images.
     """
     data = with_retries(partial(_bytes_of, path), f"the labels {path}")
     try:
@@ -98,13 +118,20 @@ def read_label_lists(path: str | Path, source: Source, spec: str, classes: Class
     images = _images(source, spec)
     if isinstance(content, list):
         entries, keys = _of_imagenet(path, content), _imagenet_keys(path, images)
+        by_number = _imagenet_classes(path, classes)
     else:
         entries, keys = content, _keys(path, content, images)
-    numbers = dict(_numbered(path, entries, classes))
+        by_number = {said: number for number, said in classes.numbers.items()}
+    numbers = dict(_numbered(path, entries, classes, by_number))
+    rows = _padded([numbers[key] for key in keys])
+    share = _own_class_share(rows, source, classes)
+    if isinstance(content, list) and share is not None:
+        _require_own_classes(path, share)
     return LabelLists(
-        _padded([numbers[key] for key in keys]),
+        rows,
         sorted({number for of_one in numbers.values() for number in of_one}),
         hashlib.sha256(data).hexdigest(),
+        share,
     )
 
 
@@ -193,16 +220,68 @@ def _keys(path: str | Path, entries: Mapping[str, object], images: Sequence[str]
     return keys
 
 
+def _imagenet_classes(path: str | Path, classes: Classes) -> dict[int, int]:
+    """The train set's number of each of ImageNet's classes, by its number in ImageNet.
+
+    Numbers are trusted where no class has a WordNet id: those of folders named by them, of shards
+    and of `classes.txt`. The order of folders with other names is no numbering.
+    """
+    ids = {
+        name: number
+        for number, names in classes.names.items()
+        for name in names
+        if _WORDNET_ID.fullmatch(name)
+    }
+    by_number = {said: number for number, said in classes.numbers.items()}
+    if len({*ids.values()}) == len(classes.present) == IMAGENET_CLASSES:
+        lines = "\n".join(sorted(ids))
+        if hashlib.sha256(lines.encode()).hexdigest() == _IMAGENET_IDS:
+            return {said: ids[name] for said, name in enumerate(sorted(ids))}
+    elif not ids and by_number.keys() == {*range(IMAGENET_CLASSES)}:
+        return by_number
+    raise DataError(
+        f"{path} is a list by the numbers of ImageNet's {IMAGENET_CLASSES} classes, and nothing"
+        f" says that the {len(classes.present)} classes of train are these:"
+        f" {some_names(map(classes.shown, classes.present))}. Name its folders by all the WordNet"
+        f" ids, such as n01440764, or number its classes 0 to 999 as ImageNet does in {FILE_NAME}."
+    )
+
+
+def _own_class_share(rows: Tensor, source: Source, classes: Classes) -> float | None:
+    """Of images with a class in rows (N, L), the share of those whose own class is among these."""
+    labels, counted = source.labels, (rows >= 0).any(1)
+    if labels is None or (labels < 0).any() or not counted.any():
+        return None
+    try:
+        same = same_classes(classes, classes_of(source, labels))
+    except DataError as error:
+        log.warning("the own classes of the images are not compared with their labels: %s", error)
+        return None
+    own = torch.tensor([same[number] for number in labels.tolist()])
+    return float((rows == own[:, None]).any(1)[counted].double().mean())
+
+
+def _require_own_classes(path: str | Path, share: float) -> None:
+    if share < _LEAST_SHARE:
+        raise DataError(
+            f"{path}: only {100 * share:.1f} % of the images have their own class among their"
+            " labels, and about 90 % have in ImageNet: the classes of train are numbered in another"
+            " way. Name folders by WordNet ids, such as n01440764, or number the classes 0 to 999"
+            f" as ImageNet does in {FILE_NAME}."
+        )
+
+
 def _numbered(
-    path: str | Path, entries: Mapping[str, object], classes: Classes
+    path: str | Path,
+    entries: Mapping[str, object],
+    classes: Classes,
+    by_number: Mapping[int, int],
 ) -> Iterator[tuple[str, list[int]]]:
     """Entries with the train set's numbers of their classes, each class once.
 
-    All entries are read, also those of no image: where the numbers of the file are not those of the
-    train set, as of ImageNet's classes and a set of ten, some of them are too high.
+    All entries are read, also those of no image: where the numbers of the file, which `by_number`
+    has the train set's of, are not those of the train set, some of them are too high.
     """
-    numbers = classes.numbers or {number: number for number in classes.present}
-    by_number = {said: number for number, said in numbers.items()}
     names = by_name(classes.names)
 
     def number_of(said: object) -> int | None:
@@ -217,10 +296,11 @@ def _numbered(
         for one in said:
             number = number_of(one)
             if number is None:
+                as_there = "named or numbered" if by_number else "named"
                 raise DataError(
                     f"{path}: {key}: {one!r:.80} is no class of train, which has"
                     f" {some_names(map(classes.shown, classes.present))}. Name classes as they are"
-                    " named or numbered there."
+                    f" {as_there} there."
                 )
             found[number] = True
         yield key, list(found)

@@ -169,7 +169,11 @@ def describe_set(
     if lists is None:
         return about
     without = len(source) - unreadable - len(labels)
-    return about | {"labels_sha256": lists.sha256, "without_label": without}
+    return about | {
+        "labels_sha256": lists.sha256,
+        "own_class_among_labels": lists.own_class_share,
+        "without_label": without,
+    }
 
 
 def renumber_classes(train: Source, test: Source) -> Tensor:

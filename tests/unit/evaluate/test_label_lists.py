@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -38,15 +40,19 @@ OPTIONS = ExtractionOptions(num_workers=0, device="cpu", progress=False)
 NAMES = Classes([0, 1, 2], {0: ("blue",), 1: ("green",), 2: ("red",)}, {})
 SHARDS = Classes([0, 4], {}, {0: 0, 4: 4})  # of shards: numbers
 LISTED = Classes([0, 1], {0: ("n02", "cat"), 1: ("n07", "dog")}, {0: 2, 1: 7})  # of classes.txt
+ONE, VAL = ("a/1.png",), "ILSVRC2012_val_00000001.JPEG"
+NUMBERS = range(1000)
+IMAGENET = Classes([*NUMBERS], {}, {number: number for number in NUMBERS})
 
 
 class _Images:
-    """Images of these names; nothing but their paths is asked for."""
+    """Images of these names, maybe with numbers of their own classes."""
 
-    labels = class_names = None
+    class_names = None
 
-    def __init__(self, root: Path, *names: str) -> None:
+    def __init__(self, root: Path, *names: str, own: list[int] | None = None) -> None:
         self._paths = [str(root / name) for name in names]
+        self.labels = None if own is None else np.array(own)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -67,12 +73,16 @@ def _read(
 
 
 def test_images_are_named_by_their_path_or_by_a_name_that_is_there_once(tmp_path: Path) -> None:
-    content = {"a/1.png": ["red", 0], "2.png": [1, "green"], "b/1.png": [], "else.png": [0]}
+    content = {
+        **{"a/1.png": ["red", "blue"], "2.png": ["green", "green"], "b/1.png": []},
+        "else.png": ["blue"],
+    }
     rows, named = _read(tmp_path, content, "a/1.png", "b/1.png", "b/2.png")
     assert rows == [[2, 0], [], [1]]
     assert named == [0, 1, 2]
     # The name of an image outside all folders is its path.
-    assert _read(tmp_path, {"1.png": [0], "a/1.png": [1]}, "1.png", "a/1.png")[0] == [[0], [1]]
+    content = {"1.png": ["blue"], "a/1.png": ["green"]}
+    assert _read(tmp_path, content, "1.png", "a/1.png")[0] == [[0], [1]]
 
 
 def test_classes_are_named_or_numbered_as_those_of_the_train_set(tmp_path: Path) -> None:
@@ -88,10 +98,76 @@ def test_the_list_of_real_is_matched_by_the_numbers_of_the_images(tmp_path: Path
         "n01440764/ILSVRC2012_val_00050000_n01440764.JPEG",
         *("red/ILSVRC2012_val_00000002.JPEG", "00000003.png"),
     )
-    assert _read(tmp_path, lists, *images)[0] == [[0], [2, 1], []]
+    assert _read(tmp_path, lists, *images, classes=IMAGENET)[0] == [[0], [2, 1], []]
 
 
-ONE = ("a/1.png",)
+def _numbered(*names: str) -> Classes:
+    """Classes of folders of these names, in their order."""
+    return Classes([*range(len(names))], {i: (name,) for i, name in enumerate(names)}, {})
+
+
+def _ids() -> list[str]:
+    """WordNet ids of ImageNet's classes."""
+    found = find_spec("timm")
+    assert found is not None
+    assert found.origin is not None
+    file = Path(found.origin).with_name("data") / "_info" / "imagenet_synsets.txt"
+    return file.read_text().split()
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        _numbered(*map("class {:03}".format, NUMBERS)),  # readable names, sorted
+        _numbered(*map("n{:08}".format, NUMBERS)),  # of ImageNet-21k
+        _numbered(*map("n{:08}".format, range(21_841))),
+        Classes([*NUMBERS], {}, {number: number + 1 for number in NUMBERS}),
+        Classes([*range(1001)], {}, {number: number for number in range(1001)}),
+        LISTED,
+    ],
+)
+def test_the_list_of_real_needs_the_classes_of_imagenet(tmp_path: Path, classes: Classes) -> None:
+    says = f"nothing says that the {len(classes.present)} classes of train are these"
+    with pytest.raises(DataError, match=says):
+        _read(tmp_path, [[0]] * IMAGENET_VAL, VAL, classes=classes)
+
+
+def test_classes_of_imagenet_are_known_by_their_wordnet_ids_or_numbers(tmp_path: Path) -> None:
+    ids, lists = _ids(), [[999, 2]] * IMAGENET_VAL
+    assert _read(tmp_path, lists, VAL, classes=_numbered(*ids))[0] == [[999, 2]]
+    # Ids hold, whatever the order and the numbers of a list are.
+    names = {i: ("name", name) for i, name in enumerate(reversed(ids))}
+    listed = Classes([*NUMBERS], names, {number: number + 1 for number in NUMBERS})
+    assert _read(tmp_path, lists, VAL, classes=listed)[0] == [[0, 997]]
+    folders = sorted(map(str, NUMBERS))  # 0, 1, 10, 100, ...
+    numbered = Classes(
+        [*NUMBERS], {i: (n,) for i, n in enumerate(folders)}, dict(enumerate(map(int, folders)))
+    )
+    assert _read(tmp_path, lists, VAL, classes=numbered)[0] == [[999, folders.index("2")]]
+
+
+def test_the_labels_of_real_are_compared_with_the_own_classes(tmp_path: Path) -> None:
+    file = tmp_path / "real.json"
+    names = [f"ILSVRC2012_val_{number:08}.JPEG" for number in range(1, 5)]
+    file.write_text(json.dumps([[3], [4, 5], [6], [], *[[0]] * (IMAGENET_VAL - 4)]))
+
+    def share(*own: int) -> float | None:
+        images = _Images(tmp_path, *names, own=[*own] or None)
+        return read_label_lists(file, images, str(tmp_path), IMAGENET).own_class_share  # type: ignore[arg-type]  # a part of a source
+
+    assert share(3, 5, 7, 9) == 2 / 3  # the last one has no label
+    assert share() is None
+    with pytest.raises(DataError, match=r"only 33\.3 % of the images have their own class among"):
+        share(4, 5, 7, 9)
+
+
+def test_numbers_of_classes_need_numbers_in_the_train_set(tmp_path: Path) -> None:
+    mixed = _numbered("0", "1", "10", "2", "other")
+    with pytest.raises(
+        DataError, match=r"1.png: 2 is no class of train, .* as they are named there"
+    ):
+        _read(tmp_path, {"1.png": [2]}, "1.png", classes=mixed)
+    assert _read(tmp_path, {"1.png": ["2"]}, "1.png", classes=mixed)[0] == [[3]]
 
 
 @pytest.mark.parametrize(
@@ -100,18 +176,26 @@ ONE = ("a/1.png",)
         ("{", ONE, "is no JSON of labels"),
         ("3", ONE, "need a list as ReaL's real.json, or an object by image name"),
         ([[0]], ONE, "the labels of the 50000 validation images of ImageNet, this one has 1 entr"),
-        ('{"1.png": [0], "1.png": [1]}', ONE, "has '1.png' twice. Remove one"),
+        ('{"1.png": ["red"], "1.png": ["blue"]}', ONE, "has '1.png' twice. Remove one"),
         ({"1.png": 0}, ONE, "1.png: need a list of classes, got 0"),
-        ({"1.png": [3]}, ONE, "1.png: 3 is no class of train, which has 'blue', 'green', 'red'"),
+        ({"1.png": [0]}, ONE, "1.png: 0 is no class of train, which has 'blue', 'green', 'red'"),
         ({"1.png": ["pink"]}, ONE, "1.png: 'pink' is no class of train"),
         ({"1.png": [True]}, ONE, "1.png: True is no class of train"),
         ({"1.png": [], "unused.png": [9]}, ONE, "unused.png: 9 is no class of train"),
-        ({"1.png": [0]}, (*ONE, "a/2.png", "3.png"), "no labels of the image a/2.png and 1 others"),
-        ({"1.png": [0], "a/1.png": [0]}, ONE, "'a/1.png' and '1.png' are one image"),
-        ({"1.png": [0]}, (*ONE, "b/1.png"), "'1.png' is the name of several images"),
+        (
+            {"1.png": ["red"]},
+            (*ONE, "a/2.png", "3.png"),
+            "no labels of the image a/2.png and 1 others",
+        ),
+        ({"1.png": ["red"], "a/1.png": ["red"]}, ONE, "'a/1.png' and '1.png' are one image"),
+        ({"1.png": ["red"]}, (*ONE, "b/1.png"), "'1.png' is the name of several images"),
         ([[0]] * IMAGENET_VAL, ("00050001.png",), "the image 00050001.png has none in its name"),
         ([[0]] * IMAGENET_VAL, ONE, "the image a/1.png has none in its name"),
-        ({"1.png": [0]}, ("1.png", "1.png"), "'1.png' is the name of several images"),  # in shards
+        (
+            {"1.png": ["red"]},
+            ("1.png", "1.png"),
+            "'1.png' is the name of several images",
+        ),  # in shards
         (
             [[0]] * IMAGENET_VAL,
             ("a/val_00000001.png", "b/val_00000001.png"),
