@@ -40,6 +40,7 @@ from dinoscale.data.sources.classes import (
     same_classes,
     some_names,
 )
+from dinoscale.data.sources.folder import whole_number
 from dinoscale.data.sources.source import Source
 from dinoscale.errors import DataError
 from dinoscale.evaluate.beside_images import images_root
@@ -55,7 +56,7 @@ _WORDNET_ID = re.compile(r"n\d{8}")
 # numbers, and other sets of 1000 ids, as parts of ImageNet-21k, have another.
 _IMAGENET_IDS = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
 _LEAST_SHARE = 0.5  # ReaL keeps the own class of about 9 of 10 images, a wrong numbering of few
-_NUMBERED = re.compile(r"(?:^|_)(\d{8})(?!\d)")  # ILSVRC2012_val_00000293.JPEG, _n01440764 or not
+_NUMBERED = re.compile(r"ILSVRC2012_val_(\d{8})(?!\d)")  # maybe _n01440764 before .JPEG
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,16 +174,23 @@ def _of_imagenet(path: str | Path, content: list[object]) -> dict[str, object]:
 
 
 def _imagenet_keys(path: str | Path, images: Sequence[str]) -> list[str]:
-    """Names in ImageNet of images by the number in their own names."""
+    """Names in ImageNet of images by the number in their own names.
+
+    Names that are mere numbers may be of any images, unless they are those of all 50,000.
+    """
+    names = [os.path.basename(image) for image in images]
+    bare = [whole_number(os.path.splitext(name)[0]) for name in names]
+    if len(bare) == IMAGENET_VAL and {*bare} == {*range(1, IMAGENET_VAL + 1)}:
+        return [_imagenet_key(number) for number in bare if number is not None]
     first: dict[int, str] = {}
-    for image in images:
-        found = _NUMBERED.search(os.path.basename(image))
+    for image, name in zip(images, names, strict=True):
+        found = _NUMBERED.match(name)
         number = int(found[1]) if found else 0
         if not 1 <= number <= IMAGENET_VAL:
             raise DataError(
                 f"{path} is a list by the numbers of ImageNet's validation images, and the image"
-                f" {image} has none in its name, such as {_imagenet_key(1)}. Keep these names, or"
-                " write an object, IMAGE: [CLASSES]."
+                f" {image} is not named as one of them, such as {_imagenet_key(1)}. Keep these"
+                " names, or write an object, IMAGE: [CLASSES]."
             )
         if number in first:
             raise DataError(

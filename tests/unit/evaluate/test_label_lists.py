@@ -96,9 +96,19 @@ def test_the_list_of_real_is_matched_by_the_numbers_of_the_images(tmp_path: Path
     lists[1], lists[-1] = [2, 1], [0]
     images = (
         "n01440764/ILSVRC2012_val_00050000_n01440764.JPEG",
-        *("red/ILSVRC2012_val_00000002.JPEG", "00000003.png"),
+        *("red/ILSVRC2012_val_00000002.JPEG", "b/ILSVRC2012_val_00000003.png"),
     )
     assert _read(tmp_path, lists, *images, classes=IMAGENET)[0] == [[0], [2, 1], []]
+
+
+def test_mere_numbers_are_those_of_imagenet_if_there_are_all(tmp_path: Path) -> None:
+    numbers = [*range(1, IMAGENET_VAL + 1)][::-1]
+    lists = [[number % 1000] for number in range(IMAGENET_VAL)]
+    names = [f"{number:08}.JPEG" for number in numbers]
+    rows, _ = _read(tmp_path, lists, *names, classes=IMAGENET)
+    assert rows == lists[::-1]
+    with pytest.raises(DataError, match=f"the image {names[0]} is not named as one of them"):
+        _read(tmp_path, lists, *names[:-1], classes=IMAGENET)
 
 
 def _numbered(*names: str) -> Classes:
@@ -189,8 +199,16 @@ def test_numbers_of_classes_need_numbers_in_the_train_set(tmp_path: Path) -> Non
         ),
         ({"1.png": ["red"], "a/1.png": ["red"]}, ONE, "'a/1.png' and '1.png' are one image"),
         ({"1.png": ["red"]}, (*ONE, "b/1.png"), "'1.png' is the name of several images"),
-        ([[0]] * IMAGENET_VAL, ("00050001.png",), "the image 00050001.png has none in its name"),
-        ([[0]] * IMAGENET_VAL, ONE, "the image a/1.png has none in its name"),
+        (
+            [[0]] * IMAGENET_VAL,
+            ("ILSVRC2012_val_00050001.png",),
+            "ILSVRC2012_val_00050001.png is not named as one of them",
+        ),
+        *(
+            ([[0]] * IMAGENET_VAL, (name,), f"the image {name} is not named as one of them")
+            for name in ("ILSVRC2012_test_00000001.JPEG", "IMG_00000002.jpg", "00000003.jpg")
+        ),
+        ([[0]] * IMAGENET_VAL, ONE, "the image a/1.png is not named as one of them"),
         (
             {"1.png": ["red"]},
             ("1.png", "1.png"),
@@ -198,8 +216,8 @@ def test_numbers_of_classes_need_numbers_in_the_train_set(tmp_path: Path) -> Non
         ),  # in shards
         (
             [[0]] * IMAGENET_VAL,
-            ("a/val_00000001.png", "b/val_00000001.png"),
-            "a/val_00000001.png and b/val_00000001.png have the same number",
+            (f"a/{VAL}", f"b/{VAL}"),
+            f"a/{VAL} and b/{VAL} have the same number",
         ),
     ],
 )
