@@ -65,14 +65,12 @@ class LabelLists:
 
     Attributes:
         rows: (N, L) int64, L > 0, numbers of classes of the train set, then `NO_CLASS`.
-        named: the classes that the file names, ascending.
         sha256: of the file.
         own_class_share: of the images with a class in the file, that whose own class, as of their
             folder, is among these, 0 to 1; None where they have none of their own.
     """
 
     rows: Tensor
-    named: list[int]
     sha256: str
     own_class_share: float | None = None
 
@@ -130,7 +128,6 @@ def read_label_lists(path: str | Path, source: Source, spec: str, classes: Class
         _require_own_classes(path, share)
     return LabelLists(
         rows,
-        sorted({number for of_one in numbers.values() for number in of_one}),
         hashlib.sha256(data).hexdigest(),
         share,
     )

@@ -136,8 +136,8 @@ def _add_probe(tasks: SubCommands) -> None:
         " another test set, on the features of the WEIGHTS that it was trained on (of `finetune`,"
         " those written beside it). Classes are matched by the names of their folders. The set may"
         " have some of them only, as ImageNet-R and -A: then these alone compete, and"
-        " top1_all_classes is the accuracy among all. With --labels, those that the file names"
-        " compete. Under torchrun, deepspeed or srun the ranks"
+        " top1_all_classes is the accuracy among all. With --labels, all compete."
+        " Under torchrun, deepspeed or srun the ranks"
         " share the images.",
         epilog="example: dinoscale evaluate probe weights.safetensors --probe linear.safetensors"
         " --test /data/imagenet-r",

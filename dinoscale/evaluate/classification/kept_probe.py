@@ -217,14 +217,16 @@ def evaluate_probe(
     """Judge a kept classifier by another test set; all ranks of a job call it.
 
     The classes of the set must be among those that it was trained on. Where they are fewer, the
-    others do not compete, as ImageNet-R and -A are measured; `top1_all_classes` lets them.
+    others do not compete, as ImageNet-R and -A are measured; `top1_all_classes` lets them. With
+    labels from a file all compete, as in k-NN and in Beyer et al. 2020: which classes the file
+    names would tell of its answers.
 
     Args:
         weights_path: the backbone that the classifier was trained on.
         probe_path: file of the classifier.
         test_spec: labelled images, as `data.train` of a config.
-        labels_path: file with several right classes for each image, see `label_lists`: those that
-            it names compete, and there is no top-5. None takes the class of each image.
+        labels_path: file with several right classes for each image, see `label_lists`; no top-5
+            then. None takes the class of each image.
         details: what to say of the answers for single images.
         options: which network, which device, and how images are read; sizes that are not given are
             those of the training.
@@ -305,7 +307,7 @@ class _Truth:
 def _truth(classes: Classes, test: Source, spec: str, labels_path: str | Path | None) -> _Truth:
     if labels_path is not None:
         lists = read_label_lists(labels_path, test, spec, classes)
-        return _Truth(lists.named, lists.rows, lists)
+        return _Truth(classes.present, lists.rows, lists)
     labels = check_labels(test, name="test")
     same = same_classes(classes, classes_of(test, labels))
     renumbered = torch.tensor([same.get(i, -1) for i in range(max(same) + 1)])

@@ -61,15 +61,13 @@ class _Images:
         return self._paths[index]
 
 
-def _read(
-    place: Path, content: object, *names: str, classes: Classes = NAMES
-) -> tuple[list[list[int]], list[int]]:
-    """Classes of each image, and those that the file names."""
+def _read(place: Path, content: object, *names: str, classes: Classes = NAMES) -> list[list[int]]:
+    """Classes of each image."""
     file = place / "labels.json"
     file.write_text(content if isinstance(content, str) else json.dumps(content))
     found = read_label_lists(file, _Images(place, *names), str(place), classes)  # type: ignore[arg-type]  # a part of a source
     rows = [[number for number in row if number != NO_CLASS] for row in found.rows.tolist()]
-    return rows, found.named
+    return rows
 
 
 def test_images_are_named_by_their_path_or_by_a_name_that_is_there_once(tmp_path: Path) -> None:
@@ -77,17 +75,16 @@ def test_images_are_named_by_their_path_or_by_a_name_that_is_there_once(tmp_path
         **{"a/1.png": ["red", "blue"], "2.png": ["green", "green"], "b/1.png": []},
         "else.png": ["blue"],
     }
-    rows, named = _read(tmp_path, content, "a/1.png", "b/1.png", "b/2.png")
+    rows = _read(tmp_path, content, "a/1.png", "b/1.png", "b/2.png")
     assert rows == [[2, 0], [], [1]]
-    assert named == [0, 1, 2]
     # The name of an image outside all folders is its path.
     content = {"1.png": ["blue"], "a/1.png": ["green"]}
-    assert _read(tmp_path, content, "1.png", "a/1.png")[0] == [[0], [1]]
+    assert _read(tmp_path, content, "1.png", "a/1.png") == [[0], [1]]
 
 
 def test_classes_are_named_or_numbered_as_those_of_the_train_set(tmp_path: Path) -> None:
-    assert _read(tmp_path, {"1.png": [4]}, "1.png", classes=SHARDS) == ([[4]], [4])
-    rows, _ = _read(tmp_path, {"1.png": [7, "cat", "n02"]}, "1.png", classes=LISTED)
+    assert _read(tmp_path, {"1.png": [4]}, "1.png", classes=SHARDS) == [[4]]
+    rows = _read(tmp_path, {"1.png": [7, "cat", "n02"]}, "1.png", classes=LISTED)
     assert rows == [[1, 0]]
 
 
@@ -98,14 +95,14 @@ def test_the_list_of_real_is_matched_by_the_numbers_of_the_images(tmp_path: Path
         "n01440764/ILSVRC2012_val_00050000_n01440764.JPEG",
         *("red/ILSVRC2012_val_00000002.JPEG", "b/ILSVRC2012_val_00000003.png"),
     )
-    assert _read(tmp_path, lists, *images, classes=IMAGENET)[0] == [[0], [2, 1], []]
+    assert _read(tmp_path, lists, *images, classes=IMAGENET) == [[0], [2, 1], []]
 
 
 def test_mere_numbers_are_those_of_imagenet_if_there_are_all(tmp_path: Path) -> None:
     numbers = [*range(1, IMAGENET_VAL + 1)][::-1]
     lists = [[number % 1000] for number in range(IMAGENET_VAL)]
     names = [f"{number:08}.JPEG" for number in numbers]
-    rows, _ = _read(tmp_path, lists, *names, classes=IMAGENET)
+    rows = _read(tmp_path, lists, *names, classes=IMAGENET)
     assert rows == lists[::-1]
     with pytest.raises(DataError, match=f"the image {names[0]} is not named as one of them"):
         _read(tmp_path, lists, *names[:-1], classes=IMAGENET)
@@ -144,16 +141,16 @@ def test_the_list_of_real_needs_the_classes_of_imagenet(tmp_path: Path, classes:
 
 def test_classes_of_imagenet_are_known_by_their_wordnet_ids_or_numbers(tmp_path: Path) -> None:
     ids, lists = _ids(), [[999, 2]] * IMAGENET_VAL
-    assert _read(tmp_path, lists, VAL, classes=_numbered(*ids))[0] == [[999, 2]]
+    assert _read(tmp_path, lists, VAL, classes=_numbered(*ids)) == [[999, 2]]
     # Ids hold, whatever the order and the numbers of a list are.
     names = {i: ("name", name) for i, name in enumerate(reversed(ids))}
     listed = Classes([*NUMBERS], names, {number: number + 1 for number in NUMBERS})
-    assert _read(tmp_path, lists, VAL, classes=listed)[0] == [[0, 997]]
+    assert _read(tmp_path, lists, VAL, classes=listed) == [[0, 997]]
     folders = sorted(map(str, NUMBERS))  # 0, 1, 10, 100, ...
     numbered = Classes(
         [*NUMBERS], {i: (n,) for i, n in enumerate(folders)}, dict(enumerate(map(int, folders)))
     )
-    assert _read(tmp_path, lists, VAL, classes=numbered)[0] == [[999, folders.index("2")]]
+    assert _read(tmp_path, lists, VAL, classes=numbered) == [[999, folders.index("2")]]
 
 
 def test_the_labels_of_real_are_compared_with_the_own_classes(tmp_path: Path) -> None:
@@ -177,7 +174,7 @@ def test_numbers_of_classes_need_numbers_in_the_train_set(tmp_path: Path) -> Non
         DataError, match=r"1.png: 2 is no class of train, .* as they are named there"
     ):
         _read(tmp_path, {"1.png": [2]}, "1.png", classes=mixed)
-    assert _read(tmp_path, {"1.png": ["2"]}, "1.png", classes=mixed)[0] == [[3]]
+    assert _read(tmp_path, {"1.png": ["2"]}, "1.png", classes=mixed) == [[3]]
 
 
 @pytest.mark.parametrize(
@@ -244,7 +241,7 @@ def test_of_several_labels_there_is_no_top_5() -> None:
     right = _Judgement(torch.zeros(4), top1=1, top5=2, top1_of_all=1)
     labels, classes = torch.zeros(4, 1), list(range(6))
     one = _score(right, _Truth(classes, labels), images=4, trained=6)
-    lists = LabelLists(labels, classes, "")
+    lists = LabelLists(labels, "")
     several = _score(right, _Truth(classes, labels, lists), images=4, trained=6)
     assert (one, several) == ({"top1": 25, "top5": 50}, {"top1": 25})
 
@@ -328,10 +325,11 @@ def test_a_kept_classifier_is_judged_by_all_labels_of_an_image(
 
     found = judge(LABELS, per_class=True, predictions=predictions)
     _check(found, predictions)
-    # Green does not compete where the file does not name it.
-    few = judge({name: [c for c in names if c != "green"] for name, names in LABELS.items()})
-    assert few["score"] == {"top1": 75, "top1_all_classes": 75}
-    assert few["protocol"]["competing_classes"] == 2
+    # Green competes where the file does not name it, and is the wrong answer to g0.
+    without = {name: [c for c in names if c != "green"] for name, names in LABELS.items()}
+    few = judge({**without, "g0.png": ["blue", "red"]})
+    assert few["score"] == {"top1": 60}
+    assert few["protocol"]["competing_classes"] == 3
     # Other labels are another column, even if all numbers agree.
     other = judge({**LABELS, "b0.png": ["blue", "green"]})
     reports = [found, judge(LABELS), other]
