@@ -90,7 +90,7 @@ def _plot_specs(record: Record) -> list[_PlotSpec]:
             limits=margin(record, "knn_top1"),
         ),
         _PlotSpec("patch_knn_top1", PATCH_KNN, dots=True),
-        _PlotSpec("rankme", "RankMe of the teacher's features, directions", dots=True),
+        _PlotSpec("rankme", _rankme(record), dots=True),
         _PlotSpec("alpha_req", "alpha-ReQ of the teacher's features", dots=True),
         _PlotSpec(
             "guard_rankme",
@@ -180,6 +180,13 @@ def _plot_specs(record: Record) -> list[_PlotSpec]:
         _PlotSpec("peak_memory_bytes", "peak memory of rank 0, GB", scale=1e-9, from_zero=True),
         _PlotSpec("save_stall_s", "training paused by a save, s", dots=True, from_zero=True),
     ]
+
+
+def _rankme(record: Record) -> str:
+    """The caption of RankMe, with the number of images, which limits it where a run gives it."""
+    images = record.series["rank_images"].last
+    of = f" on {images.value:.0f} images, which is the most it can be" if images else ""
+    return f"RankMe of the teacher's features{of}, directions"
 
 
 def _figure(state: State) -> tuple[Figure, Axes]:

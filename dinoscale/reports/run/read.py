@@ -62,6 +62,7 @@ NUMBERS = (
     "patch_knn_top1",
     "rankme",
     "alpha_req",
+    "rank_images",
     "guard_rankme",
     "guard_lidar",
     "guard_alpha_req",

@@ -85,7 +85,8 @@ class OnlineRank:
             on_batch: called after each batch; an exception on one rank ends it on all.
 
         Returns:
-            As `of_spectrum`.
+            As `of_spectrum`, and `rank_images`, how many images could be read: RankMe is at most
+            this, whatever the width.
 
         Raises:
             DinoscaleError: on every rank.
@@ -95,7 +96,8 @@ class OnlineRank:
             raise DataError(f"none of {len(self._source)} training images can be read")
         first = distributed.rank() == 0  # others may differ in the last bit
         found = distributed.together(lambda: of_spectrum(features) if first else None)
-        return distributed.broadcast_object(found) or {}
+        values = distributed.broadcast_object(found) or {}
+        return values | {"rank_images": len(features)}
 
 
 def online_rank(config: RunConfig, images: StoredSource) -> OnlineRank | None:

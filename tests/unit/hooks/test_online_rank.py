@@ -1,5 +1,6 @@
 """Which runs measure RankMe of their training images, and of which of these."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from dinoscale.data.sources.mixture import open_sources
 from dinoscale.data.sources.source import open_source
 from dinoscale.data.sources.subset import SubsetSource
 from dinoscale.errors import DataError
+from dinoscale.reports.run.plots import draw_run
+from dinoscale.reports.run.read import read_record
+from dinoscale.reports.run.state import find_state
 from dinoscale.training.due import Due
 from dinoscale.training.hooks.measurements import Measurements
 from dinoscale.training.hooks.metrics import Metrics
@@ -59,9 +63,20 @@ def test_images_are_those_that_evaluate_rank_chooses(
     whole = open_source(SPEC)
     source = whole if chosen == len(whole) else SubsetSource(whole, images=chosen)
     features, _ = extract(config, Pooled(), source, torch.device("cpu"), lambda: None)
-    assert found == of_spectrum(features)
+    assert found == {**of_spectrum(features), "rank_images": chosen}
     assert 1 < found["rankme"] < min(chosen, 12)
     assert "alpha_req" not in found  # of 12 directions
+
+
+def test_the_plot_says_of_how_many_images_the_rank_is(tmp_path: Path) -> None:
+    for name, images in (("run", {"rank_images": 512}), ("older", {})):
+        line = {"step": 0, "rankme": 3.0, **images}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        record = read_record(tmp_path / name)
+        ((drawn, plot),) = draw_run(record, find_state(record, now=0.0))
+        assert drawn == "rankme"
+        assert ("on 512 images, which is the most" in plot.caption) == bool(images)
 
 
 @pytest.mark.parametrize(
