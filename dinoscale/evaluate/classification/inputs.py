@@ -37,6 +37,9 @@ from dinoscale.evaluate.frozen_backbone import (
 )
 from dinoscale.runtime.fingerprint import digest_of, files_fingerprint
 
+# What the digest of a train set in files compares, for cards.
+TRAIN_DIGEST = "order, names and sizes of the files, and labels; not their contents"
+
 
 @dataclass(frozen=True)
 class ClassifierInputs:
@@ -82,9 +85,12 @@ class ClassifierInputs:
         """What a classifier was made from besides the backbone, for its card.
 
         Of the train set the order of its images, sizes and names of their files, and labels: a copy
-        of the set elsewhere makes the same card.
+        of the set elsewhere makes the same card. So do images that were edited and kept their size:
+        cached features need no image, and hashing would read all. The card says it.
         """
-        return {"train": digest_of(self._train_images()), **protocol}
+        compared = TRAIN_DIGEST if isinstance(self.train, InFiles) else "the name of the set"
+        digest = {"train": digest_of(self._train_images()), "train_digest_of": compared}
+        return digest | dict(protocol)
 
     def _train_images(self) -> object:
         found, labels = self.files["train"], check_labels(self.train, name="train")

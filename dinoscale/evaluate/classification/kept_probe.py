@@ -59,7 +59,8 @@ class ProbeCard:
         crop: side of the center crop, in pixels.
         classes: of the train set.
         measured: what the training said of it.
-        training: digest of the train set, and the settings; empty in files of older versions.
+        training: digest of the train set, not of what its images show, and the settings; empty in
+            files of older versions.
     """
 
     task: str

@@ -120,5 +120,7 @@ def test_classifiers_of_other_sets_and_settings_are_other_columns(
         evaluate_logistic(colors.weights, *sets, cs=(c,), out=out, options=OPTIONS)
         report = evaluate_probe(colors.weights, out, colors.test, options=OPTIONS)
         outcomes.append(Outcome(f"w{number}", "teacher", "probe", "", report))
+        training = report["protocol"]["training"]  # type: ignore[index]  # nested report
+        assert training["train_digest_of"].endswith("not their contents")
     assert len(compare(outcomes[:2]).columns) == 1
     assert len(compare(outcomes).columns) == 3
