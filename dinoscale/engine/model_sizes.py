@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 
+import torch
 from torch import nn
 
 from dinoscale.config import RunConfig
@@ -255,7 +256,8 @@ def _with_followed(dims: Dims, config: RunConfig, network: DinoNetwork) -> Dims:
     followed: Dims | ForwardCounts
     if isinstance(network.backbone, ConvNet):
         size = config.crops.global_size
-        followed = forward_counts(network.backbone.eval(), images=NUM_GLOBAL, size=size)
+        dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+        followed = forward_counts(network.backbone, images=NUM_GLOBAL, size=size, dtype=dtype)
     else:
         followed = replace(_dims_of_size(config.of_teacher, network, "distill.model"), head=0)
     patches = config.distill.patch_feature_weight > 0

@@ -4,6 +4,7 @@ Source: He et al. 2016 (arXiv:1512.03385); Caron et al. 2021 (arXiv:2104.14294),
 2022 (arXiv:2201.03545).
 """
 
+import copy
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from dinoscale.models.sync_bn import cast_weights, convert_sync_batch_norm
 from dinoscale.models.vit import group_by_resolution
 
 STRIDE = 32  # pixels of an image along a side of a place of the last map
@@ -112,20 +114,34 @@ class ForwardCounts:
         embed_dim: D.
         patch_size: pixels along a side of a place of the last map.
         flops: two for each product.
-        live: scalars in the tensors that are alive at once, at most, without the crops and what
-            the convolutions of a library need beside their results.
+        live_bytes: of the tensors that are alive at once, at most, without the crops and what the
+            convolutions of a library need beside their results.
     """
 
     parameters: int
     embed_dim: int
     patch_size: int
     flops: int
-    live: int
+    live_bytes: int
 
 
-def forward_counts(network: ConvNet, *, images: int, size: int) -> ForwardCounts:
-    """Count a forward of a network on the meta device over so many crops of `size` pixels."""
-    crops = torch.empty(images, network.in_chans, size, size, device="meta")
+def forward_counts(
+    network: ConvNet, *, images: int, size: int, dtype: torch.dtype
+) -> ForwardCounts:
+    """Count a forward in evaluation mode with the layers and dtypes of a run.
+
+    A run's batch norms are `SyncBatchNorm`s, which go through float32 copies in bfloat16.
+
+    Args:
+        network: on the meta device.
+        images: crops.
+        size: pixels along a side of a crop.
+        dtype: of weights and crops.
+    """
+    network = copy.deepcopy(network).eval()
+    convert_sync_batch_norm(network, lambda summand: summand)
+    cast_weights(network, dtype)
+    crops = torch.empty(images, network.in_chans, size, size, device="meta", dtype=dtype)
     with torch.no_grad(), FlopCounterMode(display=False) as flops, _Live() as live:
         network([crops], all_patches=True)
     return ForwardCounts(
@@ -133,12 +149,12 @@ def forward_counts(network: ConvNet, *, images: int, size: int) -> ForwardCounts
         embed_dim=network.embed_dim,
         patch_size=STRIDE,
         flops=flops.get_total_flops(),
-        live=live.most,
+        live_bytes=live.most,
     )
 
 
 class _Live(TorchDispatchMode):
-    """Counts the scalars of tensors that are computed inside, while they are alive.
+    """Counts the bytes of tensors that are computed inside, while they are alive.
 
     Attributes:
         most: at once.
@@ -164,16 +180,16 @@ class _Live(TorchDispatchMode):
 
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key, scalars = storage._cdata, storage.nbytes() // tensor.element_size()
+        key, size = storage._cdata, storage.nbytes()
         if key not in self._tensors:
             self._tensors[key] = 0
-            self._now += scalars
+            self._now += size
             self.most = max(self.most, self._now)
         self._tensors[key] += 1
-        weakref.finalize(tensor, self._forget, key, scalars)
+        weakref.finalize(tensor, self._forget, key, size)
 
-    def _forget(self, key: int, scalars: int) -> None:
+    def _forget(self, key: int, size: int) -> None:
         self._tensors[key] -= 1
         if not self._tensors[key]:
             del self._tensors[key]
-            self._now -= scalars
+            self._now -= size

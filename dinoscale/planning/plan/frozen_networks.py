@@ -29,8 +29,8 @@ def followed_forward(dims: Dims, setup: Setup) -> float:
         return 0
     if not isinstance(teacher, ForwardCounts):
         return frozen_forward(teacher, setup, pixels=pixels, tokens=teacher.global_tokens)
-    pictures = pixels if setup.bf16 else 0
-    return setup.weight_bytes * setup.micro_batch_size * (pictures + teacher.live)
+    pictures = setup.weight_bytes * pixels if setup.bf16 else 0
+    return setup.micro_batch_size * (pictures + teacher.live_bytes)
 
 
 def features(dims: Dims, setup: Setup) -> float:

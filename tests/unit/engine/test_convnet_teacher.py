@@ -18,7 +18,7 @@ from dinoscale.engine.model_sizes import dims_of, flops_of
 from dinoscale.errors import CheckpointError, ConfigError
 from dinoscale.losses.patch_grid import resized
 from dinoscale.models._torchvision import ensure_torchvision
-from dinoscale.models.convnet import ConvNet, forward_counts
+from dinoscale.models.convnet import ConvNet, ForwardCounts
 from dinoscale.models.network import FeatureNetwork
 from dinoscale.models.sync_bn import convert_sync_batch_norm
 from dinoscale.models.zoo import build_backbone
@@ -164,18 +164,25 @@ def test_the_plan_counts_weights_products_and_memory() -> None:
     assert more == SETUP.weight_bytes * followed.parameters
 
 
-def test_the_memory_of_a_forward_is_counted_by_hand() -> None:
-    """In scalars of two images, in the layers with most."""
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_memory_of_a_forward_is_counted_by_hand(precision: str) -> None:
+    """In bytes of the two global crops of an image, in the layers with most."""
+    scalar = {"bf16": 2, "fp32": 4}[precision]
     places, width = 2 * (SIZE // 4) ** 2, 40
     # In the first stage's second block: the stage's input and the block's, its norm's output, and
     # before and after the activation four times as wide.
-    assert _live(ATTO) == places * width * (1 + 1 + 1 + 4 + 4)
-    # The first convolution's output, before and after its norm, whose statistics are small.
-    assert _live("resnet18") == pytest.approx(2 * 2 * 64 * (SIZE // 2) ** 2, rel=0.01)
+    assert _live_bytes(ATTO, precision) == scalar * places * width * (1 + 1 + 1 + 4 + 4)
+    # The first convolution's output, before and after its norm, whose statistics are small. In
+    # bfloat16 the norm's input and output are there in float32, too.
+    beside = 2 * 4 if precision == "bf16" else 0
+    norm = 2 * 64 * (SIZE // 2) ** 2 * (2 * scalar + beside)
+    assert _live_bytes("resnet18", precision) == pytest.approx(norm, rel=0.01)
 
 
-def _live(name: str) -> int:
-    with torch.device("meta"):
-        network = build_backbone(name, img_size=SIZE).eval()
-    assert isinstance(network, ConvNet)
-    return forward_counts(network, images=2, size=SIZE).live
+def _live_bytes(name: str, precision: str) -> int:
+    """What a plan counts."""
+    config = _config(Path("w.pth"), name)
+    engine = config.engine.model_copy(update={"precision": precision})
+    followed = dims_of(config.model_copy(update={"engine": engine})).followed
+    assert isinstance(followed, ForwardCounts)
+    return followed.live_bytes
