@@ -39,8 +39,9 @@ TEACHER = {
     "depth": 3,
     "num_heads": 4,
 }
-CONVNEXT = {"backbone": "convnext_atto"}
-# Loss, stage and images of a micro-batch; beside DINO and iBOT, or alone, also of a ConvNeXt.
+CONVNETS = {"convnext": "convnext_atto", "resnet": "resnet18"}
+# Loss, stage and images of a micro-batch; beside DINO and iBOT, or alone, also of a ConvNeXt, and
+# of a ResNet, which has buffers.
 JOBS = {
     "alone_0": ("smooth_l1", 0, 3),
     "alone_3": ("smooth_l1", 3, 1),
@@ -48,6 +49,8 @@ JOBS = {
     "beside_3": ("cosine", 3, 1),
     "convnext_0": ("cosine", 0, 3),
     "convnext_3": ("cosine", 3, 1),
+    "resnet_0": ("cosine", 0, 3),
+    "resnet_3": ("cosine", 3, 1),
 }
 RESUMED = ("alone_3",)
 BACKBONE = "backbone."
@@ -55,10 +58,11 @@ BACKBONE = "backbone."
 
 def _config(job: str) -> RunConfig:
     kind, stage, images = JOBS[job]
+    convnet = CONVNETS.get(job.partition("_")[0])
     changes: dict[str, Any] = {
         "distill": {
             "teacher": "given",
-            "model": CONVNEXT if job.startswith("convnext") else TEACHER,
+            "model": TEACHER if convnet is None else {"backbone": convnet},
             "class_feature_weight": CLASS,
             "patch_feature_weight": PATCH,
             "feature_loss": kind,
@@ -82,10 +86,13 @@ def _teacher(config: RunConfig) -> dict[str, Tensor]:
 
     generator = torch.Generator().manual_seed(7)
     shapes = shapes_only(config.of_teacher).backbone.state_dict()
-    return {
-        f"{BACKBONE}{name}": 0.3 * torch.randn(value.shape, generator=generator)
-        for name, value in shapes.items()
-    }
+    weights = {}
+    for name, value in shapes.items():
+        drawn = 0.3 * torch.randn(value.shape, generator=generator)
+        if name.endswith("running_var"):
+            drawn = 0.5 + drawn.abs()
+        weights[f"{BACKBONE}{name}"] = drawn.to(value.dtype)  # a batch norm counts its batches
+    return weights
 
 
 def _of_one_pass(job: str) -> tuple[RunConfig, RunPlan]:
@@ -313,8 +320,11 @@ def test_beside_the_own_objectives_they_are_the_cosines_of_crops_without_a_mask(
     assert [followed[job][name][0] for name in TERMS] == pytest.approx(exact, rel=bound)
 
 
-def test_a_convnext_teaches_at_any_stage(followed: dict[str, dict[str, Any]]) -> None:
-    whole, sharded = followed["convnext_0"], followed["convnext_3"]
+@pytest.mark.parametrize("network", CONVNETS)
+def test_a_convolutional_network_teaches_at_any_stage(
+    followed: dict[str, dict[str, Any]], network: str
+) -> None:
+    whole, sharded = followed[f"{network}_0"], followed[f"{network}_3"]
     for name in ("loss", *TERMS):
         assert sharded[name] == pytest.approx(whole[name], rel=1e4 * EPS), name
     assert whole["loss"] == sorted(whole["loss"], reverse=True)  # it learns in every step
