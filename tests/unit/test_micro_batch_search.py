@@ -1,13 +1,19 @@
 """The search for the largest micro-batch, on a machine whose limit is known."""
 
+import contextlib
 import io
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dinoscale.config import micro_batch_sizes, parse_config, resolve
-from dinoscale.errors import ConfigError, UnavailableError
+from dinoscale.errors import ConfigError, RunFailedError, UnavailableError
+from dinoscale.runtime import distributed
+from dinoscale.runtime.launcher_env import Process
 from dinoscale.training.feed import masks_of
+from dinoscale.training.micro_batch import search
 from dinoscale.training.micro_batch.search import Outcome, _judge, _outcome, largest_that_fits
 from dinoscale.training.micro_batch.trial import _masks, _shortened
 
@@ -71,6 +77,42 @@ def test_trial_whose_images_were_out_of_reach_ends_the_run_as_that() -> None:
     outcome = _outcome(None, UnavailableError.exit_code, io.BytesIO(b"cannot read /shared/a.tar"))
     with pytest.raises(UnavailableError, match=r"cannot read /shared/a\.tar"):
         _judge([outcome], 64)
+
+
+def test_trials_that_were_cut_off_though_none_failed_do_not_fit() -> None:
+    for others in ([], [Outcome("cut off")], [Outcome("fits", peak_bytes=9)]):
+        with pytest.raises(RunFailedError, match=r"trial of 8 was cut off on .* failed on no"):
+            _judge([*others, Outcome("cut off")], 8)
+    assert not _judge([Outcome("too large"), Outcome("cut off")], 8)
+
+
+def test_a_trial_at_the_port_of_an_earlier_one_is_not_cut_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(distributed, "free_port", lambda: 1)
+    held: dict[str, str] = {}
+    store = SimpleNamespace(get=held.get, set=held.__setitem__)
+    monkeypatch.setattr(distributed, "KeyValueStore", lambda: store)
+    asked = []
+
+    def wait(_: object, __: object, cut_off: Callable[[], bool]) -> str:
+        asked.append(cut_off())
+        return "too large"
+
+    monkeypatch.setattr(search, "_start", lambda *_: contextlib.nullcontext(_Ended()))
+    monkeypatch.setattr(search, "_wait", wait)
+    for size in (4, 2):
+        search._try(parse_config({}), Process(0, 1, 0, 1), size, lambda: False)
+    assert asked == [False, False]
+
+
+class _Ended:
+    """A child that has ended."""
+
+    returncode = 1
+
+    def kill(self) -> None:
+        """Nothing is left to end."""
 
 
 def test_a_trial_masks_as_many_patches_as_the_run_at_most() -> None:

@@ -173,6 +173,12 @@ def _judge(outcomes: Sequence[Outcome], size: int) -> bool:
             f"train.micro_batch_size=auto: the trial of {size} failed on rank {rank} (exit code"
             f" {code}), not for lack of memory:\n{lines}"
         )
+    if "cut off" in verdicts:  # and yet no rank says what ended its trial
+        raise RunFailedError(
+            f"train.micro_batch_size=auto: the trial of {size} was cut off on rank"
+            f" {verdicts.index('cut off')} though it failed on no rank. Start again, or set"
+            " train.micro_batch_size to a number, which `dinoscale plan` estimates"
+        )
     return True
 
 
@@ -199,7 +205,8 @@ def _try(
     """Run one trial on all ranks; if it fails on one, the others are cut off."""
     port = distributed.broadcast_object(distributed.free_port())
     request = {"config": config.model_dump(mode="json"), "micro_batch_size": size}
-    store, key = distributed.KeyValueStore(), f"the trial at port {port} failed"
+    # The port alone does not name a trial: that of an earlier one may be free again.
+    store, key = distributed.KeyValueStore(), f"the trial of {size} at port {port} failed"
     with tempfile.TemporaryFile() as output:
         try:
             with _start(process, port, request, output) as child:
