@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data_tools.curation.clusters import Level, open_clusters
+from data_tools.curation.clusters import Clusters, open_clusters
 from data_tools.curation.embeddings import Embeddings, open_embeddings, verify
 from data_tools.curation.kmeans import assign
 from data_tools.curation.neighbours import require_comparable
@@ -312,18 +312,18 @@ def retrieve_clusters(
         OutputError: something else has the name of a file.
     """
 
-    def opened() -> tuple[Embeddings, Embeddings, int, Level | None]:
+    def opened() -> tuple[Clusters, Embeddings, Embeddings]:
         hierarchy = open_clusters(clusters)
         whole = hierarchy.embeddings(folder)
         of_seeds = open_embeddings(seeds, features=whole.features, normalize=whole.normalized)
         require_comparable(whole, of_seeds)
         _require_files(out, whole, of_seeds)
-        number = hierarchy.about["levels"][0]["clusters"]
-        # Comparing checksums reads all its arrays: one rank does.
-        level = None if distributed.rank() else hierarchy.level(1)
-        return whole, of_seeds, number, level
+        return hierarchy, whole, of_seeds
 
-    whole, of_seeds, number, level = distributed.together(opened)
+    hierarchy, whole, of_seeds = distributed.together(opened)
+    number = hierarchy.about["levels"][0]["clusters"]
+    # Comparing checksums reads all its arrays: one rank does, and no other waits in a collective.
+    level = on_first_rank(lambda _: hierarchy.level(1))
     centroids = torch.empty(number, whole.width) if level is None else torch.tensor(level.centroids)
     distributed.broadcast(centroids)
     require_lines(whole, out.images)

@@ -70,7 +70,8 @@ def settings_of(way: Way) -> Json:
     def version() -> str | None:
         return str(require_faiss().__version__) if way.approximate else None
 
-    faiss = distributed.together(version)
+    # The first rank's: all ranks name the same work, whatever versions they have.
+    faiss = distributed.broadcast_object(distributed.together(version))
     return {"block": way.block, "approximate": way.approximate, "faiss": faiss}
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from data_tools.curation.clusters import Clusters
+from data_tools.curation import search
+from data_tools.curation.clusters import Clusters, Level
 from data_tools.curation.duplicates import deduplicate_embeddings
 from data_tools.curation.groups import Similar
 from data_tools.curation.hierarchy import ClusterOptions, cluster
@@ -30,6 +31,7 @@ def of_rank(good: str, bad: str, clusters: str, out: str) -> str:
     """Leave out the copies in two folders, of which the second cannot be read; say why."""
     _without_a_piece()
     _without_faiss_on_one_rank(Path(good), Path(out).with_name("none.txt"))
+    _with_another_faiss_on_one_rank()
     of_seeds(Path(good), Path(clusters), Path(out).with_name("seeds.txt"))
     found(Path(good), Path(out))
     with pytest.raises(DataError) as error:
@@ -40,15 +42,41 @@ def of_rank(good: str, bad: str, clusters: str, out: str) -> str:
 def _without_faiss_on_one_rank(features: Path, out: Path) -> None:
     """All ranks are told, and none waits for the other."""
     with pytest.MonkeyPatch.context() as patch:
-        there = types.SimpleNamespace(__version__="1")
+        there = SimpleNamespace(__version__="1")
         patch.setitem(sys.modules, "faiss", None if distributed.rank() else there)
         with pytest.raises(ConfigError, match="--approximate needs faiss"):
             found(features, out, approximate=True)
 
 
+def _with_another_faiss_on_one_rank() -> None:
+    """The work of all ranks has one name."""
+    with pytest.MonkeyPatch.context() as patch:
+        version = SimpleNamespace(__version__=str(distributed.rank()))
+        patch.setattr(search, "require_faiss", lambda: version)
+        settings = search.settings_of(Way(20, torch.device("cpu"), approximate=True))
+    assert [each["faiss"] for each in distributed.gather_objects(settings)] == ["0", "0"]
+
+
 def of_seeds(features: Path, clusters: Path, out: Path) -> None:
     """Take images of the clusters of seeds, which are the images."""
+    read, gather = Clusters.level, distributed.gather_objects
+    read_s: list[float] = []
+    waited_s: list[tuple[float, float]] = []
+
+    def slowly(folder: Clusters, number: int) -> Level:
+        time.sleep(0.3)
+        read_s.append(time.monotonic())
+        return read(folder, number)
+
+    def recorded(value: object) -> list[object]:
+        begin_s = time.monotonic()
+        found = gather(value)
+        waited_s.append((begin_s, time.monotonic()))
+        return found
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Clusters, "level", slowly)
+        patch.setattr(distributed, "gather_objects", recorded)
         if distributed.rank():  # others need no array but the centroids, which they are given
             patch.setattr(Clusters, "level", lambda *_: pytest.fail("read by another rank"))
         retrieve_clusters(
@@ -57,6 +85,9 @@ def of_seeds(features: Path, clusters: Path, out: Path) -> None:
             device=torch.device("cpu"),
             progress=False,
         )
+    # Nor does any wait for it in a collective, which could time out; all have one clock.
+    (end_s,) = [end for ends in gather(read_s) for end in ends]
+    assert all(not begin < end_s < end for begin, end in waited_s)
 
 
 def _without_a_piece() -> None:
