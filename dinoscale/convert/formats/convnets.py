@@ -23,6 +23,13 @@ _RENAMED = (  # of the authors
     (re.compile(r"\.dwconv\."), ".conv_dw."),
     (re.compile(r"\.pwconv(\d)\."), r".mlp.fc\1."),
 )
+_OTHER_NETWORKS = (  # tensors that they alone have, and what they are
+    (re.compile(r"conv1\.0\.weight"), "a ResNet with a stem of three convolutions, as resnet50d"),
+    (re.compile(r"layer1\.0\.(se|eca|attn)\..*"), "a ResNet that weighs channels, as SE-ResNets"),
+    (re.compile(r"layer1\.0\.convs\.0\.weight"), "a Res2Net, whose blocks have several scales"),
+    (re.compile(r"stages\.0\.blocks\.0\.(mlp\.)?grn\..*"), "a ConvNeXt V2, whose MLPs have norms"),
+    (re.compile(r"stem\.2\.weight"), "a ConvNeXt whose patches overlap, as convnext_atto_ols"),
+)
 _OF_OTHER_STAGES = "norms."  # in checkpoints of DINOv3
 
 
@@ -57,7 +64,7 @@ def convnet_name(state: Mapping[str, Tensor]) -> str | None:
         state: under our names.
 
     Raises:
-        CheckpointError: it is a ResNet or a ConvNeXt of another size.
+        CheckpointError: it is a ResNet or a ConvNeXt of another size or kind.
     """
     if "stem.0.weight" in state:
         family, block, last = "convnext", "stages.{}.blocks.{}.", "conv_dw.weight"
@@ -67,6 +74,8 @@ def convnet_name(state: Mapping[str, Tensor]) -> str | None:
         last = "conv3.weight" if "layer1.0.conv3.weight" in state else "conv2.weight"
     else:
         return None
+    if (kind := _other_kind(state)) is not None:
+        raise CheckpointError(f"is {kind}, which dinoscale does not build; {_built(family)}")
     depths, widths = [], []
     for stage in range(first, first + _STAGES):
         depth = 0
@@ -78,7 +87,29 @@ def convnet_name(state: Mapping[str, Tensor]) -> str | None:
     for name, size in CONVNETS.items():
         if name.startswith(family) and size == ConvNetSize((*depths,), (*widths,)):  # type: ignore[arg-type]  # four of each
             return name
+    what = family
+    if family == "resnet":  # named after its layers with weights
+        what = f"resnet{2 + (3 if last == 'conv3.weight' else 2) * sum(depths)}"
     raise CheckpointError(
-        f"is a {family} of {depths} blocks and {widths} channels, which is none of those that"
-        f" dinoscale builds: {', '.join(name for name in CONVNETS if name.startswith(family))}"
+        f"is a {what} of {depths} blocks and {widths} channels, which dinoscale does not build;"
+        f" {_built(family)}"
     )
+
+
+def _built(family: str) -> str:
+    return f"it builds {', '.join(name for name in CONVNETS if name.startswith(family))}"
+
+
+def _other_kind(state: Mapping[str, Tensor]) -> str | None:
+    """What network it is, if its layers are others than those of a ResNet or a ConvNeXt."""
+    for pattern, kind in _OTHER_NETWORKS:
+        if any(pattern.fullmatch(name) for name in state):
+            return kind
+    middle, last = (state.get(f"layer1.0.conv{number}.weight") for number in (2, 3))
+    if middle is None or last is None or middle.ndim != 4:
+        return None
+    if middle.shape[0] != middle.shape[1]:
+        return "a ResNeXt, whose convolutions are grouped"
+    if 4 * middle.shape[0] != last.shape[0]:
+        return "a ResNet of other widths inside its blocks, as wide_resnet50_2"
+    return None

@@ -273,12 +273,14 @@ def _guess_vit(
     """Sizes of a ViT from patch_embed (D, C, p, p), pos_embed (1, 1 + N, D) and the block names."""
     for start, what in _OTHER_KINDS.items():
         if any(name.startswith(start) for name in state):
-            raise CheckpointError(f"{what}; dinoscale builds plain ViTs and ResNet-50")
+            raise CheckpointError(f"{what}; dinoscale builds plain ViTs, ResNets and ConvNeXts")
     patches, positions = state.get("patch_embed.proj.weight"), state.get("pos_embed")
     blocks = [int(match.group(1)) for name in state if (match := _BLOCK.match(name))]
     if patches is None or positions is None or not blocks:
         names = ", ".join(list(state)[:3]) or "none"
-        raise CheckpointError(f"is no ViT or ResNet-50 of the reference (tensors: {names}, ...)")
+        raise CheckpointError(
+            f"is no ViT, ResNet or ConvNeXt that dinoscale builds (tensors: {names}, ...)"
+        )
     if patches.ndim != 4 or positions.ndim != 3:
         shapes = f"{[*patches.shape]}, {[*positions.shape]}"
         raise CheckpointError(f"has patch_embed.proj.weight, pos_embed of odd shapes {shapes}")

@@ -552,7 +552,7 @@ def test_mismatches_of_foreign_files_are_named(tmp_path: Path, state: dict[str, 
     with pytest.raises(CheckpointError, match=r"26 of 30 .*missing: blocks\.0\.mlp\.fc2\.weight"):
         load_backbone(path, num_heads=3)
     torch.save({"embeddings.cls_token": torch.zeros(1)}, path)
-    with pytest.raises(CheckpointError, match=r"no ViT or ResNet-50.*cls_token"):
+    with pytest.raises(CheckpointError, match=r"no ViT, ResNet or ConvNeXt.*cls_token"):
         load_backbone(path)
     torch.save({"student": state}, path)
     with pytest.raises(CheckpointError, match="no 'teacher', only 'student'"):
