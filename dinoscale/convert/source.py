@@ -16,6 +16,7 @@ from typing import Any
 from dinoscale.convert.card import parse_card
 from dinoscale.convert.formats.convnets import from_convnext, is_convnext
 from dinoscale.convert.formats.dinov3 import dinov3_card, dinov3_shape, from_dinov3, is_dinov3
+from dinoscale.convert.formats.hf_convnext import is_hf_convnext, read_hf_convnext
 from dinoscale.convert.formats.hf_dinov3 import is_hf_dinov3, read_hf_dinov3
 from dinoscale.convert.formats.huggingface import is_huggingface, read_huggingface
 from dinoscale.convert.formats.licences import licence_note
@@ -92,6 +93,8 @@ def _as_written(content: Content, *, network: Network, num_heads: int | None) ->
     settings = content.settings or {}
     if is_hf_dinov3(state, settings):
         return read_hf_dinov3(state, content, num_heads=num_heads)
+    if is_hf_convnext(state, settings):
+        return read_hf_convnext(state, content)
     if is_huggingface(state, settings):
         return read_huggingface(state, content, num_heads=num_heads)
     as_authors = is_dinov3(state)

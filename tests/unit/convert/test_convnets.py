@@ -1,12 +1,21 @@
 """ResNets and ConvNeXts in other libraries: which are read, and what is said of others."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from dinoscale.convert.formats.convnets import convnet_name, from_convnext, is_convnext
+from dinoscale.convert.formats.hf_convnext import from_hf_convnext
+from dinoscale.convert.source import read_source
+from dinoscale.convert.weights_file import load_backbone
 from dinoscale.errors import CheckpointError
 from dinoscale.models._torchvision import ensure_torchvision
+from dinoscale.models.convnet import ConvNet
+from dinoscale.models.zoo import build_backbone
+from tests.unit.convert.scattered import scatter
 
 
 def _shapes_in_timm(name: str) -> dict[str, Tensor]:
@@ -41,3 +50,46 @@ def test_networks_of_other_families_are_named_beside_those_that_are_built(name: 
     said = f"is {OTHERS[name]}.*, which dinoscale does not build; it builds {built}$"
     with pytest.raises(CheckpointError, match=said):
         convnet_name(_shapes_in_timm(name))
+
+
+def test_transformers_own_folders_of_dinov3s_convnexts_are_read(tmp_path: Path) -> None:
+    ensure_torchvision()
+    import transformers
+
+    sizes = {"hidden_sizes": [40, 80, 160, 320], "depths": [2, 2, 6, 2]}
+    model = transformers.DINOv3ConvNextModel(transformers.DINOv3ConvNextConfig(**sizes)).eval()
+    scatter(model)
+    model.save_pretrained(tmp_path)
+    processing = {"image_mean": [0.1, 0.2, 0.3]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processing))
+    backbone, card = load_backbone(tmp_path)
+    assert isinstance(backbone, ConvNet)
+    assert (backbone.name, card.mean) == ("convnext_atto", (0.1, 0.2, 0.3))
+    assert "DINOv3 License" in (card.licence or "")
+    images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0)).double()
+    with torch.no_grad():
+        expected = model.double()(images)
+        classes, places = backbone.double()([images], all_patches=True)
+    assert float(classes.std(0).mean()) > 1e-3  # of images that differ
+    torch.testing.assert_close(classes, expected.pooler_output, rtol=0, atol=1e-5)
+    torch.testing.assert_close(places, expected.last_hidden_state[:, 1:], rtol=0, atol=1e-5)
+    torch.save(model.state_dict(), tmp_path / "modules.pth")  # names of modules
+    assert read_source(tmp_path / "modules.pth").backbone.keys() == backbone.state_dict().keys()
+    settings = json.loads((tmp_path / "config.json").read_text())
+    for key, value in (("hidden_act", "relu"), ("layer_norm_eps", 1e-5)):
+        (tmp_path / "config.json").write_text(json.dumps({**settings, key: value}))
+        with pytest.raises(CheckpointError, match=f"with {key} .*, need "):
+            read_source(tmp_path)
+
+
+def test_released_sizes_have_every_tensor_in_transformers() -> None:
+    ensure_torchvision()
+    import transformers
+
+    with torch.device("meta"):  # the library's defaults are the smallest that DINOv3 has
+        theirs = transformers.DINOv3ConvNextModel(transformers.DINOv3ConvNextConfig()).state_dict()
+        ours = build_backbone("convnext_tiny", img_size=224).state_dict()
+    found = from_hf_convnext(theirs)
+    assert convnet_name(found) == "convnext_tiny"
+    shapes = {name: tensor.shape for name, tensor in found.items()}
+    assert shapes == {name: tensor.shape for name, tensor in ours.items()}
