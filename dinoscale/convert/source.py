@@ -34,6 +34,9 @@ from dinoscale.convert.run_checkpoint import is_run, read_run
 from dinoscale.convert.weights import Network, Weights
 from dinoscale.errors import CheckpointError
 
+# Values of `model_type` in config.json.
+_OF_TRANSFORMERS = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit", "dinov3_convnext")
+
 
 def read_source(
     path: str | Path,
@@ -91,6 +94,11 @@ def _weights_of(content: Content, *, network: Network, num_heads: int | None) ->
 def _as_written(content: Content, *, network: Network, num_heads: int | None) -> Weights:
     state = network_state(content.checkpoint, network=network)
     settings = content.settings or {}
+    if settings.get("model_type", _OF_TRANSFORMERS[0]) not in _OF_TRANSFORMERS:
+        raise CheckpointError(
+            f"has a config.json with model_type {settings['model_type']!r}; of transformers,"
+            f" dinoscale reads {', '.join(_OF_TRANSFORMERS)}"
+        )
     if is_hf_dinov3(state, settings):
         return read_hf_dinov3(state, content, num_heads=num_heads)
     if is_hf_convnext(state, settings):

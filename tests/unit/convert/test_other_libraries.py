@@ -366,6 +366,7 @@ def test_preprocessing_of_transformers_is_read_with_a_warning_for_mean_0_5(
     ("change", "message"),
     [
         ({"model_type": "dinov2"}, "model_type 'dinov2', need 'vit'"),
+        ({"model_type": "convnext"}, "model_type 'convnext'; .* reads vit, dinov2, .*convnext$"),
         ({"hidden_act": "relu"}, "hidden_act 'relu'"),
         ({"layer_norm_eps": "small"}, "norm_eps is 'small'"),
         ({"num_attention_heads": [3]}, "num_heads is"),
