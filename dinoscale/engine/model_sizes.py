@@ -273,7 +273,7 @@ def _with_stored_features(dims: Dims, config: RunConfig) -> Dims:
         embed_dim=model.width,
         patch_size=model.effective_patch_size or STRIDE,
         flops=0,
-        live=0,
+        live_bytes=0,
     )
     patches = config.distill.patch_feature_weight > 0
     return replace(dims, followed=followed, followed_patches=patches)
