@@ -426,7 +426,9 @@ def test_a_teacher_in_partitions_writes_the_same_bytes(root: Path) -> None:
     assert _written(root / "targets_sharded") == _written(root / "targets")
 
 
-def test_targets_of_mixed_sizes_are_those_of_each_step(root: Path, tmp_path: Path) -> None:
+def test_targets_of_mixed_sizes_and_larger_micro_batches_are_those_of_each_step(
+    root: Path, tmp_path: Path
+) -> None:
     from dinoscale.runtime.launcher_env import read_process
     from dinoscale.training.feed import Feed, open_images
     from dinoscale.training.targets.read import TargetReader, open_targets
@@ -438,10 +440,10 @@ def test_targets_of_mixed_sizes_are_those_of_each_step(root: Path, tmp_path: Pat
     ]
     crops = {"crops": {"global_size": 48, "local_size": 16, "mixture": mixture}}
     live, config = (
-        tiny_config(**_student(root, "unused", "first", targets=targets, **crops)).model_copy(
-            update={"seed": 2}  # draws both sizes
-        )
-        for targets in (None, str(tmp_path))
+        tiny_config(
+            **_student(root, "unused", "first", targets=targets, images=images, **crops)
+        ).model_copy(update={"seed": 2})  # draws both sizes
+        for targets, images in ((None, 2), (str(tmp_path), 1))
     )
     process = read_process({})
     write_targets(live, process, tmp_path, shard_steps=SHARD_STEPS)

@@ -4,7 +4,7 @@ import copy
 import errno
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -76,9 +76,25 @@ def folder(tmp_path: Path) -> TargetFolder:
     return TargetFolder(tmp_path, manifest)
 
 
-def _reader(folder: TargetFolder) -> TargetReader:
+@pytest.fixture
+def reader(folder: TargetFolder, monkeypatch: pytest.MonkeyPatch) -> Iterator[TargetReader]:
+    """Of the folder, where a retry waits for nothing; its thread ends before that does."""
+    monkeypatch.setattr("dinoscale.runtime.retry.time.sleep", lambda _s: None)
     config = _config(folder.path)
-    return TargetReader(folder, config, tiny_plan(config), read_process({}))
+    reader = TargetReader(folder, config, tiny_plan(config), read_process({}))
+    yield reader
+    reader.close()
+    _join(_threads())
+
+
+def _threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("targets")]
+
+
+def _join(threads: list[threading.Thread]) -> None:
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 def _read(reader: TargetReader, step: int, index: int, crops: torch.Tensor = CROPS) -> list[float]:
@@ -88,7 +104,7 @@ def _read(reader: TargetReader, step: int, index: int, crops: torch.Tensor = CRO
 
 
 def test_small_micro_batches_read_a_slot_once(
-    folder: TargetFolder, monkeypatch: pytest.MonkeyPatch
+    reader: TargetReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, step_of = [], StripeFile.step
 
@@ -97,30 +113,25 @@ def test_small_micro_batches_read_a_slot_once(
         return step_of(file, step, patches=patches)
 
     monkeypatch.setattr(StripeFile, "step", counted)
-    reader = _reader(folder)
     for step in range(STEPS):
         for index in range(IMAGES):
             assert _read(reader, step, index) == 2 * [10.0 * step + index]
-    reader.close()
     assert asked == [0, 0, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("view", [0, 1])
-def test_one_pixel_of_another_image_is_noticed(folder: TargetFolder, view: int) -> None:
+def test_one_pixel_of_another_image_is_noticed(reader: TargetReader, view: int) -> None:
     pixels = CROPS.clone()
     pixels[view, 0, -1, -1, -1] += 1
     with pytest.raises(DataError, match=r"^distill.targets: the crops of step 0 are others"):
-        _read(_reader(folder), 0, 1, pixels)
+        _read(reader, 0, 1, pixels)
 
 
-def test_nothing_is_read_once_a_reader_is_closed(folder: TargetFolder) -> None:
-    before = {*threading.enumerate()}
-    reader = _reader(folder)
+def test_nothing_is_read_once_a_reader_is_closed(reader: TargetReader) -> None:
     _read(reader, 0, 0)
-    (thread,) = {*threading.enumerate()} - before
+    (thread,) = _threads()
     reader.close()
-    thread.join(10)
-    assert not thread.is_alive()
+    _join([thread])
 
 
 def _failing(times: int, then: Callable[..., Any]) -> Callable[..., Any]:
@@ -136,18 +147,19 @@ def _failing(times: int, then: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("name", ["sha256", "StripeFile"])
+@pytest.mark.parametrize("times", [2, 99])
 def test_a_file_system_that_fails_for_a_moment_ends_no_run(
-    folder: TargetFolder, monkeypatch: pytest.MonkeyPatch, name: str
+    reader: TargetReader, monkeypatch: pytest.MonkeyPatch, name: str, times: int
 ) -> None:
-    monkeypatch.setattr("dinoscale.runtime.retry.time.sleep", lambda _s: None)
-    monkeypatch.setattr(read, name, _failing(2, getattr(read, name)))
-    assert _read(_reader(folder), 0, 1) == [1.0, 1.0]
-    monkeypatch.setattr(read, name, _failing(99, getattr(read, name)))
+    monkeypatch.setattr(read, name, _failing(times, getattr(read, name)))
+    if times == 2:
+        assert _read(reader, 0, 1) == [1.0, 1.0]
+        return
     says = (
         r"^distill.targets: .* cannot be read now \(Stale .*intact: repair the file system, then s"
     )
     with pytest.raises(UnavailableError, match=says) as raised:
-        _read(_reader(folder), 0, 1)
+        _read(reader, 0, 1)
     assert "compute" not in str(raised.value)
 
 
