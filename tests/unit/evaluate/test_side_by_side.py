@@ -16,7 +16,12 @@ from dinoscale import cli
 from dinoscale.convert.weights_file import save_backbone
 from dinoscale.errors import ConfigError, DataError
 from dinoscale.evaluate.dense.animate import animate_attention, animate_pca
-from dinoscale.evaluate.dense.attention_files import on_scale, scale_of, write_attention
+from dinoscale.evaluate.dense.attention_files import (
+    heat_overlay,
+    on_scale,
+    scale_of,
+    write_attention,
+)
 from dinoscale.evaluate.dense.components import fit_basis, resample, turn_to
 from dinoscale.evaluate.dense.pca import BASIS, evaluate_pca
 from dinoscale.evaluate.dense.side_by_side import draw_table, save_animation
@@ -149,6 +154,128 @@ def _require_one_scale(folder: Path, patch: int) -> None:
     order = np.concatenate(components).argsort(axis=0)
     rising = np.take_along_axis(np.concatenate(colors), order, axis=0)
     assert (np.diff(rising, axis=0) >= 0).all()
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A network; the same function in other coordinates and patches; and another network.
+
+    Neither of the first two has positions or attention: each of their patches is for itself. The
+    second one's are half as large, and its kernels are the mean of the first one's: of pictures
+    of squares as large as the patches of the first one, both compute the same. The channels of its
+    features are permuted, and half of them have the other sign.
+    """
+    folder = tmp_path_factory.mktemp("three")
+    shapes = [SHAPE, replace(SHAPE, patch_size=4)]
+    torch.manual_seed(3)
+    first = build_backbone(**vars(SHAPE)).state_dict()
+    for name in ("pos_embed", "blocks.0.attn.proj.weight", "blocks.0.attn.proj.bias"):
+        first[name].zero_()
+    first["patch_embed.proj.weight"] *= 10  # else the bias of the norm decides
+    order, signs = torch.randperm(64), torch.ones(64)
+    signs[::2] = -1
+    second = dict(first)
+    for name, value in first.items():
+        if name in ("blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"):  # read the features
+            second[name] = value[:, order]
+        elif name.startswith(("patch_embed", "norm", "blocks.0.norm", "blocks.0.mlp.fc2")):
+            second[name] = value[order]
+    second["cls_token"] = first["cls_token"][..., order]
+    second["patch_embed.proj.weight"] = (
+        second["patch_embed.proj.weight"].mean(dim=(2, 3), keepdim=True).expand(-1, -1, 4, 4) * 4
+    ).contiguous()
+    second["pos_embed"] = torch.zeros(1, 65, 64)
+    for name in ("norm.weight", "norm.bias"):
+        second[name] = second[name] * signs
+    paths = [folder / "a.safetensors", folder / "b.safetensors"]
+    for path, shape, state in zip(paths, shapes, (first, second), strict=True):
+        save_backbone(path, state, replace(CARD, backbone=shape))
+    torch.manual_seed(2)
+    shape = replace(SHAPE, patch_size=4, embed_dim=32)
+    other = build_backbone(**vars(shape)).state_dict()
+    other["blocks.0.attn.qkv.weight"] *= 5  # attention that differs between patches
+    save_backbone(folder / "c.safetensors", other, replace(CARD, backbone=shape))
+    return [*paths, folder / "c.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three pictures of squares of 8 pixels, brighter in the middle."""
+    folder = tmp_path_factory.mktemp("squares")
+    for i in range(3):
+        colors = np.random.default_rng(i).integers(0, 100, (4, 6, 3), dtype=np.uint8)
+        colors[1:3, 1:5] += 120
+        Image.fromarray(colors.repeat(8, axis=0).repeat(8, axis=1)).save(folder / f"{i:05d}.png")
+    return folder
+
+
+def _columns(sheet: str) -> list[list[np.ndarray]]:
+    """The pictures of each of three rows of a sheet of wide pictures."""
+    pixels, (width, height) = np.asarray(Image.open(sheet)).astype(int), (320, 213)
+    return [
+        [
+            pixels[top : top + height, left : left + width]
+            for left in range(0, pixels.shape[1], width + 4)
+        ]
+        for top in (20 + row * (height + 4) for row in range(3))
+    ]
+
+
+def test_each_column_is_of_its_network_in_colors_of_the_first(
+    tmp_path: Path, three: list[Path], squares: Path
+) -> None:
+    how: dict[str, Any] = {"also": three[1:], "size": SIDE, "foreground": True, "options": OPTIONS}
+    still = as_json(evaluate_pca(three[0], str(squares), tmp_path / "still", **how))
+    moving = as_json(animate_pca(three[0], str(squares), tmp_path / "moving", **how))
+    folders = ["1-a.safetensors", "2-b.safetensors", "3-c.safetensors"]
+    raws = [np.load(tmp_path / "moving" / name / "squares0-pca.npz") for name in folders]
+    values = [raw["components"] for raw in raws]
+    front = raws[0]["foreground"]
+    low, high = np.percentile(values[0][front], (1, 99), axis=0)
+    assert 0 < front.mean() < 1
+    for row, pictures in enumerate(
+        zip(_columns(moving["picture"]), _columns(still["picture"]), strict=True)
+    ):
+        for column, raw in enumerate(raws):
+            bright = ((raw["components"][row] - low) / (high - low)).clip(0, 1)
+            color = (255 * bright * raw["foreground"][row][..., None]).round().astype(np.uint8)
+            of_frame = Image.fromarray(color).resize((320, 213), Image.Resampling.NEAREST)
+            of_image = Image.fromarray(color).resize((48, 32), Image.Resampling.NEAREST)
+            for found, drawn in zip(pictures, (of_frame, of_image.resize((320, 213))), strict=True):
+                assert np.abs(found[1 + column] - np.asarray(drawn)).max() <= 1
+        for of in pictures:
+            assert np.abs(of[2] - of[1]).max() <= 2  # the same function
+            assert np.abs(of[3] - of[1]).mean() > 2  # another one
+    for raw in raws[1:]:
+        assert np.array_equal(raw["foreground"], front.repeat(2, axis=1).repeat(2, axis=2))
+    for report in (still, moving):
+        same, other = (of["agreement"] for of in report["also"])
+        assert same == pytest.approx(1, abs=1e-5)
+        # The center of a large patch is the corner of four small ones.
+        coarse = values[2].reshape(3, 4, 2, 6, 2, 3).mean(axis=(2, 4))[front]
+        exact = [np.corrcoef(coarse[:, i], values[0][front][:, i])[0, 1] for i in range(3)]
+        assert other == pytest.approx(np.mean(exact), abs=1e-5)
+
+
+def test_attention_in_a_column_is_of_its_network_on_the_scale_of_all(
+    tmp_path: Path, three: list[Path], squares: Path
+) -> None:
+    weights, how = [three[0], three[2]], {"also": three[2:], "size": SIDE, "options": OPTIONS}
+    still = as_json(write_attention(weights[0], str(squares), tmp_path / "still", **how))
+    moving = as_json(animate_attention(weights[0], str(squares), tmp_path / "moving", **how))
+    means = [
+        np.load(tmp_path / "moving" / name / "squares0-attention.npz")["maps"]
+        for name in ("1-a.safetensors", "2-c.safetensors")
+    ]
+    multiples = [of / of.mean(axis=(1, 2), keepdims=True) for of in means]
+    high = np.percentile(np.concatenate([of.ravel() for of in multiples]), 99)
+    assert abs(np.percentile(multiples[0], 99) / high - 1) > 0.01  # it is not that of one network
+    for sheet in (still, moving):
+        for row, (image, *columns) in enumerate(_columns(sheet["picture"])):
+            for found, of in zip(columns, multiples, strict=True):
+                brightness = (of[row] / high).clip(0, 1).astype(np.float32)
+                drawn = heat_overlay(Image.fromarray(image.astype(np.uint8)), brightness)
+                assert np.abs(found - np.asarray(drawn)).max() <= 3  # steps of the color map
 
 
 def test_an_animation_has_all_frames_and_equal_colors_of_equal_frames(
