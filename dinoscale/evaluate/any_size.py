@@ -197,7 +197,6 @@ class FittedImages:
 
     Attributes:
         fit: how they become whole patches.
-        used: number of images so far.
         left_out: `path: reason` of each so far.
     """
 
@@ -205,13 +204,13 @@ class FittedImages:
         """Take the first `limit` images, or all; `progress` draws a bar (`bar_options`)."""
         if limit is not None and limit < 1:
             raise ConfigError(f"limit: need at least one image, got {limit}")
-        self.fit, self.used = fit, 0
+        self.fit = fit
         self.left_out: list[str] = []
         self._source, self._progress = source, progress
         self._number = min(len(source), limit or len(source))
 
     def __iter__(self) -> Iterator[FittedImage]:
-        """Yield the usable images; DataError at the end, if there is none."""
+        """Yield the usable images; there may be none."""
         bar = tqdm(range(self._number), unit="img", **bar_options(shown=self._progress))
         for index in bar:
             path = self._source.path(index)
@@ -221,10 +220,7 @@ class FittedImages:
                 self.left_out.append(str(error) if path in str(error) else f"{path}: {error}")
                 log.warning("left out %s", self.left_out[-1])
                 continue
-            self.used += 1
             yield fitted
-        if not self.used:
-            raise DataError(f"no image can be used; the first: {self.left_out[0]}")
 
     def read(self, index: int) -> FittedImage:
         """Read one image.

@@ -5,7 +5,7 @@ Shape letters: T frames of a video, R, C rows and columns of patches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,9 +16,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from dinoscale.data.sources.clips import Clip, open_clips
-from dinoscale.errors import DataError
 from dinoscale.evaluate.any_size import (
     SIZE,
+    FittedImage,
     FittedImages,
     NamedFolders,
     WholeImages,
@@ -32,21 +32,24 @@ from dinoscale.evaluate.dense.attention_files import (
     scale_of,
 )
 from dinoscale.evaluate.dense.attention_maps import attention_maps
-from dinoscale.evaluate.dense.patch_colors import Place, color_patches
+from dinoscale.evaluate.dense.patch_colors import color_patches
 from dinoscale.evaluate.dense.pca import BASIS, report_pca
 from dinoscale.evaluate.dense.side_by_side import (
     FPS,
     PANEL,
     ROWS_DRAWN,
     SHEET_PANEL,
+    Place,
     Size,
     check_fps,
     draw_table,
     folders_of,
+    images_at,
     left_out,
     load_side_by_side,
     save_animation,
     titles_of,
+    usable_by_all,
     within,
 )
 from dinoscale.evaluate.frozen_backbone import DEFAULT_LOADING, LoadOptions
@@ -152,10 +155,11 @@ def animate_attention(
     check_fps(fps)
     networks = load_side_by_side([weights_path, *also], options, size=size, square=square)
     videos = _Videos.open(networks, spec, limit=limit)
-    found = [_attend(network, sets) for network, sets in zip(networks, videos.sets_of, strict=True)]
-    places = [place for place in found[0] if all(place in maps for maps in found)]
-    if not places:
-        raise DataError(f"{spec}: there is no frame that all weights can use")
+    found = [_attend(networks[0], usable_by_all(videos.sets_of))]
+    places = list(found[0])
+    for network, sets in zip(networks[1:], videos.sets_of[1:], strict=True):
+        frames = images_at(sets, places, progress=network.options.progress)
+        found.append(_attend(network, frames))
     high = scale_of([maps[place] for maps in found for place in places])
 
     def draw(place: Place, frame: Image.Image) -> list[Image.Image]:
@@ -171,14 +175,11 @@ def animate_attention(
     return report_attention(networks, {"scale": SCALE}, **written)
 
 
-def _attend(network: WholeImages, sets: Sequence[FittedImages]) -> Maps:
+def _attend(network: WholeImages, frames: Iterable[tuple[Place, FittedImage]]) -> Maps:
     """Attention of each frame, mean over heads, (R, C) float32."""
     return {
-        (number, frame.number): attention_maps(network.backbone, network.input(frame.image))[0]
-        .mean(dim=0)
-        .numpy()
-        for number, frames in enumerate(sets)
-        for frame in frames  # draws a bar
+        place: attention_maps(network.backbone, network.input(frame.image))[0].mean(dim=0).numpy()
+        for place, frame in frames
     }
 
 

@@ -6,7 +6,7 @@ Source: the visualisation code of Caron et al. 2021 (arXiv:2104.14294).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dinoscale.errors import DataError
 from dinoscale.evaluate.any_size import (
     SIZE,
     FittedImage,
-    FittedImages,
     NamedFolders,
     WholeImages,
     save_picture,
@@ -36,11 +34,14 @@ from dinoscale.evaluate.dense.attention_maps import (
 from dinoscale.evaluate.dense.side_by_side import (
     ROWS_DRAWN,
     SHEET_PANEL,
+    Place,
     draw_table,
     folders_of,
+    images_at,
     left_out,
     load_side_by_side,
     titles_of,
+    usable_by_all,
     within,
 )
 from dinoscale.evaluate.frozen_backbone import DEFAULT_LOADING, LoadOptions
@@ -83,7 +84,8 @@ def write_attention(
 
     Returns:
         What was written and how, ready for JSON; `left_out` names the images that could not be
-        read, with the reason. `also` says which the other weights are.
+        read, with the reason; what one of several weights cannot use is left out of all. `also`
+        says which the other weights are.
 
     Raises:
         CheckpointError: a weights file cannot be used.
@@ -92,18 +94,23 @@ def write_attention(
     """
     check_mass(mass)
     networks = load_side_by_side([weights_path, *also], options, size=size, square=square)
-    sets = [network.fitted(spec, limit=limit) for network in networks]
-    folder, rows = Path(out), list[dict[int, Row]]()
+    sets_of = [[network.fitted(spec, limit=limit)] for network in networks]
+    folder, places, rows = Path(out), list[Place](), list[dict[Place, Row]]()
+    images = usable_by_all(sets_of)
     with writing_to(folder):
-        for network, images, own in zip(networks, sets, folders_of(networks, folder), strict=True):
-            rows.append(_write_images(network, images, own, mass=mass))
+        folders = folders_of(networks, folder)
+        for network, sets, own in zip(networks, sets_of, folders, strict=True):
+            if places:
+                images = images_at(sets, places, progress=network.options.progress)
+            places, shown = _write_images(network, images, own, mass=mass)
+            rows.append(shown)
         _draw_sheet(titles_of(networks), rows, folder / SHEET, mass=mass)
     return report_attention(
         networks,
         {"mass": mass},
         spec=spec,
-        images=sets[0].used,
-        left_out=left_out([sets]),
+        images=len(places),
+        left_out=left_out(sets_of),
         folder=str(folder),
         picture=str(folder / SHEET),
     )
@@ -128,38 +135,36 @@ def report_attention(
 
 
 def _write_images(
-    network: WholeImages, images: FittedImages, out: Path, *, mass: float
-) -> dict[int, Row]:
-    """Write the files of each image; returns what the sheet shows of the first ones, by number."""
+    network: WholeImages, images: Iterable[tuple[Place, FittedImage]], out: Path, *, mass: float
+) -> tuple[list[Place], dict[Place, Row]]:
+    """Write the files of each image; returns their places, and what the sheet shows of a few."""
     out.mkdir(exist_ok=True)
-    folders, rows = NamedFolders(out), dict[int, Row]()
-    for fitted in images:  # draws a bar
+    folders, places, rows = NamedFolders(out), list[Place](), dict[Place, Row]()
+    for place, fitted in images:
         maps = attention_maps(network.backbone, network.input(fitted.image))[0]
         _write(fitted, maps, folders.make(fitted.path), patch=network.fit.patch, mass=mass)
         if len(rows) < ROWS_DRAWN:
             kept = keep_mass(maps.mean(dim=0), mass=mass)
-            rows[fitted.number] = Row(_rgb(fitted.image), heads=maps.numpy(), kept=kept.numpy())
-    return rows
+            rows[place] = Row(_rgb(fitted.image), heads=maps.numpy(), kept=kept.numpy())
+        places.append(place)
+    return places, rows
 
 
 def _draw_sheet(
-    titles: Sequence[str], rows_of: Sequence[dict[int, Row]], path: Path, *, mass: float
+    titles: Sequence[str], rows_of: Sequence[dict[Place, Row]], path: Path, *, mass: float
 ) -> None:
     """All heads of one network; of several their means over heads, in a column for each."""
     if len(rows_of) == 1:
         title = f"{titles[0]}: attention of the class token in the last block"
         draw_rows([*rows_of[0].values()], path, title=title, note="", mass=mass)
         return
-    numbers = [number for number in rows_of[0] if all(number in rows for rows in rows_of)]
-    if not numbers:
-        raise DataError("there is no image that all weights can use")
-    means = [{n: rows[n].heads.mean(axis=0) for n in numbers} for rows in rows_of]
-    high = scale_of([of[number] for of in means for number in numbers])
+    means = [{place: row.heads.mean(axis=0) for place, row in rows.items()} for rows in rows_of]
+    high = scale_of([mean for of in means for mean in of.values()])
     pictures = []
-    for number in numbers:
-        image = Image.fromarray(rows_of[0][number].picture)
+    for place, row in rows_of[0].items():
+        image = Image.fromarray(row.picture)
         image = image.resize(within(image.size, SHEET_PANEL))
-        maps = [on_scale(of[number], high) for of in means]
+        maps = [on_scale(of[place], high) for of in means]
         pictures.append([image, *(heat_overlay(image, brightness) for brightness in maps)])
     save_picture(draw_table(["image", *titles], pictures), path)
 

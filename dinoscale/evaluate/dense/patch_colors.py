@@ -10,15 +10,14 @@ Shape letters: D width, R, C rows and columns of patches of an image.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dinoscale.errors import DataError
-from dinoscale.evaluate.any_size import FittedImages, WholeImages
+from dinoscale.evaluate.any_size import FittedImage, FittedImages, WholeImages
 from dinoscale.evaluate.dense.components import (
     Basis,
     find_foreground,
@@ -26,10 +25,10 @@ from dinoscale.evaluate.dense.components import (
     resample,
     turn_to,
 )
+from dinoscale.evaluate.dense.side_by_side import Place, images_at, usable_by_all
 
 _TAILS = 1.0  # percent of the patches clipped at either end of a component
 
-Place = tuple[int, int]  # of an image: which of several sets, and which image of it
 Features = dict[Place, NDArray[np.float32]]  # (R, C, D) of each image
 Fronts = dict[Place, NDArray[np.bool_]]  # (R, C) of each image, True for foreground
 
@@ -96,28 +95,24 @@ def color_patches(
         NonFiniteError: a feature is not a finite number.
     """
     found: list[Colored] = []
+    images = usable_by_all(sets_of)
     for network, sets in zip(networks, sets_of, strict=True):
-        found.append(_color(network, sets, found, foreground=foreground))
-    places = found[-1].places
-    return [replace(colored, places=places) for colored in found]
+        if found:
+            images = images_at(sets, found[0].places, progress=network.options.progress)
+        found.append(_color(network, sets, images, found, foreground=foreground))
+    return found
 
 
 def _color(
     network: WholeImages,
     sets: Sequence[FittedImages],
+    images: Iterable[tuple[Place, FittedImage]],
     before: Sequence[Colored],
     *,
     foreground: bool,
 ) -> Colored:
-    """Color the images that the networks before this one could use."""
-    features = {
-        (number, image.number): network.patch_maps(image.image)[0].cpu().numpy()
-        for number, images in enumerate(sets)
-        for image in images  # draws a bar
-        if not before or (number, image.number) in before[-1].components
-    }
-    if not features:
-        raise DataError(f"{network.path} can use none of the images that the weights before it can")
+    """Color images in the colors of the first network, if there are networks before this one."""
+    features = _features(network, images)
     if before:
         basis, fronts, agreement = _fit_to(before[0], features, network.fit.patch)
     else:
@@ -126,6 +121,10 @@ def _color(
     ends = before[0].ends if before else _range(components, fronts)
     places = list(features)
     return Colored(network, sets, places, basis, agreement, components, fronts, ends)
+
+
+def _features(network: WholeImages, images: Iterable[tuple[Place, FittedImage]]) -> Features:
+    return {place: network.patch_maps(image.image)[0].cpu().numpy() for place, image in images}
 
 
 def _fit_alone(features: Features, *, foreground: bool) -> tuple[Basis, Fronts]:

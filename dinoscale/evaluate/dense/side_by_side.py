@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
-from dinoscale.errors import ConfigError
-from dinoscale.evaluate.any_size import FittedImages, WholeImages, load_whole_images
+from dinoscale.errors import ConfigError, DataError
+from dinoscale.evaluate.any_size import (
+    FittedImage,
+    FittedImages,
+    WholeImages,
+    load_whole_images,
+)
 from dinoscale.evaluate.frozen_backbone import LoadOptions
+from dinoscale.evaluate.progress import bar_options
 from dinoscale.evaluate.sheet import short_names
 from dinoscale.runtime.outputs import atomic_write
 
@@ -26,6 +33,7 @@ _TITLE = 20  # pixels, height of the line above the columns
 _QUALITY = 85  # of WebP, 0..100
 
 Size = tuple[int, int]  # width and height in pixels
+Place = tuple[int, int]  # of an image: which of several sets, and which image of it
 
 
 def load_side_by_side(
@@ -57,6 +65,44 @@ def folders_of(networks: Sequence[WholeImages], out: Path) -> list[Path]:
         return [out]
     names = [re.sub(r"[^\w.+-]+", "_", title)[-80:] for title in titles_of(networks)]
     return [out / f"{number}-{name}" for number, name in enumerate(names, start=1)]
+
+
+def usable_by_all(
+    sets_of: Sequence[Sequence[FittedImages]],
+) -> Iterator[tuple[Place, FittedImage]]:
+    """Yield the images that all networks can use, as the first one sees them.
+
+    The others read every image before that, to find out which these are.
+
+    Args:
+        sets_of: for each network the same sets of images.
+
+    Raises:
+        DataError: at the end, if there is none.
+    """
+    others = [{place for place, _ in _usable(sets)} for sets in sets_of[1:]]
+    found = False
+    for place, image in _usable(sets_of[0]):
+        if all(place in places for places in others):
+            found = True
+            yield place, image
+    if not found:
+        who = " by all weights" if others else ""
+        raise DataError(f"no image can be used{who}; the first: {left_out(sets_of)[0]}")
+
+
+def _usable(sets: Sequence[FittedImages]) -> Iterator[tuple[Place, FittedImage]]:
+    for number, images in enumerate(sets):
+        for image in images:  # draws a bar
+            yield (number, image.number), image
+
+
+def images_at(
+    sets: Sequence[FittedImages], places: Sequence[Place], *, progress: bool
+) -> Iterator[tuple[Place, FittedImage]]:
+    """Yield images that a network can use, with their places; `progress` draws a bar."""
+    for place in tqdm(places, unit="img", **bar_options(shown=progress)):
+        yield place, sets[place[0]].read(place[1])
 
 
 def left_out(sets_of: Sequence[Sequence[FittedImages]]) -> list[str]:

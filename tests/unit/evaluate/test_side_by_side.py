@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -276,6 +277,33 @@ def test_attention_in_a_column_is_of_its_network_on_the_scale_of_all(
                 brightness = (of[row] / high).clip(0, 1).astype(np.float32)
                 drawn = heat_overlay(Image.fromarray(image.astype(np.uint8)), brightness)
                 assert np.abs(found - np.asarray(drawn)).max() <= 3  # steps of the color map
+
+
+def test_an_image_that_one_network_cannot_use_is_left_out_of_all(
+    tmp_path: Path, three: list[Path], squares: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dinoscale.evaluate.any_size.MAX_PATCHES", 100)
+    folder = tmp_path / "in"
+    shutil.copytree(squares, folder)
+    save_picture(folder / "00000a.png", seed=7, size=(96, 32))  # 192 small patches, 48 large
+    how: dict[str, Any] = {"also": three[2:], "size": SIDE, "options": OPTIONS}
+    reports = [
+        as_json(evaluate_pca(three[0], str(spec), tmp_path / name, **how))
+        for spec, name in ((squares, "few"), (folder, "all"))
+    ]
+    reports.append(as_json(write_attention(three[0], str(folder), tmp_path / "maps", **how)))
+    assert [report["images"] for report in reports] == [3, 3, 3]
+    few, *alike = [report["left_out"] for report in reports]
+    assert few == []
+    for (said,) in alike:
+        assert "00000a.png: 96 x 32 pixels become 24 x 8 patches" in said
+    bases = [np.load(tmp_path / name / "1-a.safetensors" / BASIS) for name in ("few", "all")]
+    for key in ("mean", "components"):
+        assert np.array_equal(bases[0][key], bases[1][key])
+    assert not (tmp_path / "maps" / "1-a.safetensors" / "00000a").exists()
+    monkeypatch.setattr("dinoscale.evaluate.any_size.MAX_PATCHES", 50)
+    with pytest.raises(DataError, match=r"no image can be used by all weights; .*00000\.png"):
+        evaluate_pca(three[0], str(squares), tmp_path / "none", **how)
 
 
 def test_an_animation_has_all_frames_and_equal_colors_of_equal_frames(
