@@ -5,6 +5,7 @@ Shape letters: T frames of a video, R, C rows and columns of patches.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,8 @@ from dinoscale.evaluate.frozen_backbone import DEFAULT_LOADING, LoadOptions
 from dinoscale.evaluate.progress import bar_options
 from dinoscale.runtime.outputs import atomic_write
 
+log = logging.getLogger(__name__)
+
 SCALE = "multiples of uniform attention, one for all frames and weights"
 
 Maps = dict[Place, NDArray[Any]]
@@ -98,7 +101,8 @@ def animate_pca(
         options: which network, and which device.
 
     Returns:
-        As of `evaluate_pca`; `animations` names the files.
+        As of `evaluate_pca`; `animations` names the files, and `left_out` also the videos of which
+        no frame can be used.
 
     Raises:
         CheckpointError: a weights file cannot be used.
@@ -124,7 +128,7 @@ def animate_pca(
                 "foreground": colored.foregrounds,
             }
             videos.save("pca", colored.places, maps, own, patch=colored.network.fit.patch)
-    written |= {"spec": spec, "left_out": left_out(videos.sets_of)}
+    written |= {"spec": spec, "left_out": videos.left_out(found[0].places)}
     return report_pca(found, foreground=foreground, **written)
 
 
@@ -171,7 +175,7 @@ def animate_attention(
         folders = folders_of(networks, folder)
         for network, maps, own in zip(networks, found, folders, strict=True):
             videos.save("attention", places, {"maps": maps}, own, patch=network.fit.patch)
-    written |= {"spec": spec, "left_out": left_out(videos.sets_of)}
+    written |= {"spec": spec, "left_out": videos.left_out(places)}
     return report_attention(networks, {"scale": SCALE}, **written)
 
 
@@ -231,37 +235,52 @@ class _Videos:
             rows = [[x, *draw(place, x)] for place, x in zip(some, frames, strict=True)]
             return draw_table(self.titles, rows, panel[0])
 
-        files = self._files(out, f"{task}.webp")
+        files = self._files(places, out, f"{task}.webp")
         with tqdm(total=len(places), unit="frame", **bar_options(shown=self.progress)) as bar:
-            for number, (file, clip) in enumerate(zip(files, self.clips, strict=True)):
+            for number, file in files.items():
                 own = [place for place in places if place[0] == number]
-                _animate(own, table, self._frame(own[0], PANEL).size, file, fps or clip.fps, bar)
+                rate = fps or self.clips[number].fps
+                _animate(own, table, self._frame(own[0], PANEL).size, file, rate, bar)
         few = np.linspace(0, len(places) - 1, min(ROWS_DRAWN, len(places))).round().astype(int)
         sheet = out / f"{task}-sheet.png"
         save_picture(table([places[i] for i in few], SHEET_PANEL), sheet)
-        names = {"folder": str(out), "picture": str(sheet), "animations": [str(x) for x in files]}
+        names = {
+            "folder": str(out),
+            "picture": str(sheet),
+            "animations": [str(x) for x in files.values()],
+        }
         return {"images": len(places), **names}
 
     def save(
         self, task: str, places: Sequence[Place], maps: Mapping[str, Maps], out: Path, *, patch: int
     ) -> None:
         """Write the maps of the frames of each video by name, their numbers, and the patch size."""
-        for number, file in enumerate(self._files(out, f"{task}.npz")):
+        for number, file in self._files(places, out, f"{task}.npz").items():
             own = [place for place in places if place[0] == number]
             arrays = {name: np.stack([of[place] for place in own]) for name, of in maps.items()}
             about = {"frames": np.array([index for _, index in own]), "patch": np.array(patch)}
             with atomic_write(file) as beside:
                 np.savez(beside, allow_pickle=False, **arrays, **about)
 
+    def left_out(self, places: Sequence[Place]) -> list[str]:
+        """`path: reason` of the frames, and `name: reason` of the videos, that were not used."""
+        used = {number for number, _ in places}
+        names = [clip.name for number, clip in enumerate(self.clips) if number not in used]
+        videos = [f"{name}: none of its frames can be used" for name in names]
+        for video in videos:
+            log.warning("left out %s", video)
+        return left_out(self.sets_of) + videos
+
     def _frame(self, place: Place, largest: Size) -> Image.Image:
         """A frame as the first network sees it, scaled into a size, RGB."""
         image = self.sets_of[0][place[0]].read(place[1]).image
         return image.convert("RGB").resize(within(image.size, largest))
 
-    def _files(self, out: Path, ending: str) -> list[Path]:
-        """A file for each video."""
-        names = NamedFolders(out)
-        return [out / f"{names.name(clip.name)}-{ending}" for clip in self.clips]
+    def _files(self, places: Sequence[Place], out: Path, ending: str) -> dict[int, Path]:
+        """A file for each video of which there are frames."""
+        names, used = NamedFolders(out), {number for number, _ in places}
+        files = [out / f"{names.name(clip.name)}-{ending}" for clip in self.clips]
+        return {number: file for number, file in enumerate(files) if number in used}
 
 
 def _animate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tarfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -379,6 +380,25 @@ def test_damaged_frames_and_those_of_another_size_are_left_out(
     assert len(_frames(Path(report["animations"][0]))) == 4
     raw = np.load(tmp_path / "out" / "1-a.safetensors" / "frames-pca.npz")
     assert raw["frames"].tolist() == [0, 1, 4, 5]
+
+
+@pytest.mark.parametrize("animate", [animate_pca, animate_attention])
+def test_a_video_of_damaged_frames_is_left_out(
+    tmp_path: Path, weights: list[Path], animate: Callable[..., dict[str, object]]
+) -> None:
+    for name in ("a", "b", "c"):
+        for i in range(2):
+            picture = save_picture(tmp_path / "in" / name / f"{i}.png", seed=i, size=(SIDE, SIDE))
+            if name == "b":
+                picture.write_bytes(b"\x89PNG\r\n\x1a\n")
+    how = {"size": SIDE, "options": OPTIONS}
+    report = as_json(animate(weights[0], str(tmp_path / "in"), tmp_path / "out", **how))
+    assert [Path(file).name[0] for file in report["animations"]] == ["a", "c"]
+    assert [path.name[0] for path in sorted((tmp_path / "out").glob("?-*.npz"))] == ["a", "c"]
+    assert report["left_out"][2:] == ["b: none of its frames can be used"]
+    assert report["images"] == 4
+    with pytest.raises(DataError, match="no image can be used"):
+        animate(weights[0], str(tmp_path / "in" / "b"), tmp_path / "none", **how)
 
 
 def test_what_is_no_video_is_refused(tmp_path: Path, weights: list[Path]) -> None:
