@@ -118,14 +118,19 @@ def turn_to(
 
     Returns:
         (3, 3): components times it agree with the target, and have its units. And the mean
-        over the three of their correlation with the target, tr(S) / 3P, 0..1.
+        over the three of the correlation of Z Q with T, 0..1: tr(S) / 3P where the columns of Z
+        are uncorrelated, as components are over the patches that they were fitted to. A column
+        without variance has correlation 0.
     """
     spread = np.maximum(components.std(axis=0, dtype=np.float64), _TINY)
     units = target.std(axis=0, dtype=np.float64)
     z = (components - components.mean(axis=0, dtype=np.float64)) / spread
     t = (target - target.mean(axis=0, dtype=np.float64)) / np.maximum(units, _TINY)
-    u, s, vt = np.linalg.svd(z.T @ t)
-    return (u @ vt) * units / spread[:, None], float(s.mean() / len(z))
+    u, _, vt = np.linalg.svd(z.T @ t)
+    turned = z @ u @ vt
+    lengths = np.linalg.norm(turned, axis=0) * np.linalg.norm(t, axis=0)
+    agreement = float(np.mean((turned * t).sum(axis=0) / np.maximum(lengths, _TINY)))
+    return (u @ vt) * units / spread[:, None], agreement
 
 
 def resample(

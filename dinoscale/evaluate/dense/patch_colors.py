@@ -14,10 +14,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from dinoscale.evaluate.any_size import FittedImage, FittedImages, WholeImages
+from dinoscale.evaluate.dense.attention_maps import enlarge
 from dinoscale.evaluate.dense.components import (
     Basis,
     find_foreground,
@@ -43,6 +45,9 @@ class Colored:
         places: of the images, in their order.
         basis: of its patches, over all images.
         agreement: with the first network, see `turn_to`; 1 of the first one itself.
+        floors: agreement that is no merit, by name; none of the first network. `untrained`: of the
+            same architecture with fresh weights, on the same images. `other_images`, if there
+            are several: of the patches at the same positions of another image.
         components: (R, C, 3) of each image.
         foregrounds: (R, C) bool of each image; patches outside are black.
         ends: (2, 3), the darkest and the brightest value of each component: 1 % of the first
@@ -54,6 +59,7 @@ class Colored:
     places: list[Place]
     basis: Basis
     agreement: float
+    floors: dict[str, float]
     components: Features
     foregrounds: Fronts
     ends: NDArray[np.float64]
@@ -112,15 +118,28 @@ def _color(
     foreground: bool,
 ) -> Colored:
     """Color images in the colors of the first network, if there are networks before this one."""
-    features = _features(network, images)
+    agreement, floors = 1.0, dict[str, float]()
     if before:
-        basis, fronts, agreement = _fit_to(before[0], features, network.fit.patch)
+        fresh = _features(
+            network.untrained(),
+            images_at(sets, before[0].places, progress=network.options.progress),
+        )
+        _, _, near = _fit_like(before[0], fresh, network.fit.patch)
+        floors["untrained"] = _agreement(before[0], near)[1]
+        del fresh  # one network's features at a time
+        features = _features(network, images)
+        basis, fronts, near = _fit_like(before[0], features, network.fit.patch)
+        if len(near) > 1:
+            floors["other_images"] = _agreement(before[0], _of_others(near))[1]
+        mixture, agreement = _agreement(before[0], near)
+        basis = basis.mixed(mixture)
     else:
-        basis, fronts, agreement = *_fit_alone(features, foreground=foreground), 1.0
+        features = _features(network, images)
+        basis, fronts = _fit_alone(features, foreground=foreground)
     components = {place: basis.project(x) for place, x in features.items()}
     ends = before[0].ends if before else _range(components, fronts)
     places = list(features)
-    return Colored(network, sets, places, basis, agreement, components, fronts, ends)
+    return Colored(network, sets, places, basis, agreement, floors, components, fronts, ends)
 
 
 def _features(network: WholeImages, images: Iterable[tuple[Place, FittedImage]]) -> Features:
@@ -138,24 +157,40 @@ def _fit_alone(features: Features, *, foreground: bool) -> tuple[Basis, Fronts]:
     return basis, fronts
 
 
-def _fit_to(first: Colored, features: Features, patch: int) -> tuple[Basis, Fronts, float]:
-    """The basis turned to the first network's, over its foreground, and how well they agree."""
+def _fit_like(first: Colored, features: Features, patch: int) -> tuple[Basis, Fronts, Features]:
+    """Basis over the first network's foreground, that, and components at the first's patches."""
     first_patch, fronts = first.network.fit.patch, {}
     for place, maps in features.items():
         mask = first.foregrounds[place][..., None]
         grid = (maps.shape[0], maps.shape[1])
         same = resample(mask, first_patch, grid=grid, to_patch=patch, mode="nearest")
         fronts[place] = same[..., 0] > 0.5
-    basis = _fit(features, fronts)
-    own, target = [], []
+    basis, near = _fit(features, fronts), {}
     for place, maps in features.items():
         front = first.foregrounds[place]
         grid = (front.shape[0], front.shape[1])
-        components = resample(basis.project(maps), patch, grid=grid, to_patch=first_patch)
-        own.append(components[front])
-        target.append(first.components[place][front])
-    mixture, agreement = turn_to(np.concatenate(own), np.concatenate(target))
-    return basis.mixed(mixture), fronts, agreement
+        near[place] = resample(basis.project(maps), patch, grid=grid, to_patch=first_patch)
+    return basis, fronts, near
+
+
+def _of_others(near: Features) -> Features:
+    """For each image the components of another one, far from it in a video, on its grid."""
+    places = list(near)
+    half = len(places) // 2
+    found = {}
+    for place, other in zip(places, places[half:] + places[:half], strict=True):
+        rows, columns = near[place].shape[:2]
+        maps = torch.from_numpy(near[other]).permute(2, 0, 1)
+        found[place] = enlarge(maps, height=rows, width=columns).permute(1, 2, 0).numpy()
+    return found
+
+
+def _agreement(first: Colored, near: Features) -> tuple[NDArray[np.float64], float]:
+    """`turn_to` over the first network's foreground."""
+    fronts = first.foregrounds
+    own = np.concatenate([maps[fronts[place]] for place, maps in near.items()])
+    target = np.concatenate([first.components[place][fronts[place]] for place in near])
+    return turn_to(own, target)
 
 
 def _fit(features: Features, fronts: Fronts) -> Basis:

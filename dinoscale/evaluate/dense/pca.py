@@ -69,7 +69,8 @@ def evaluate_pca(
     Returns:
         What was written and how, ready for JSON; the score is the share of the variance that the
         components explain, in percent, `left_out` names images that could not be read. `also` has
-        the same of the other weights, with `agreement` (0..1) as of `turn_to`.
+        the same of the other weights, with `agreement` (0..1) as of `turn_to`, and `floors` as of
+        `Colored`.
 
     Raises:
         CheckpointError: a weights file cannot be used.
@@ -112,7 +113,8 @@ def report_pca(found: Sequence[Colored], *, foreground: bool, **parts: object) -
         **network.normalisation,
     }
     also = [
-        colored.network.about | {"score": colored.score, "agreement": colored.agreement}
+        colored.network.about
+        | {"score": colored.score, "agreement": colored.agreement, "floors": colored.floors}
         for colored in others
     ]
     more = {"also": also} if also else {}

@@ -92,6 +92,18 @@ def test_a_planted_rotation_is_found_and_adds_nothing() -> None:
     np.testing.assert_allclose(rotation @ rotation.T, np.eye(3), atol=1e-6)
 
 
+def test_agreement_is_the_mean_correlation_even_of_correlated_columns() -> None:
+    rng = np.random.default_rng(2)
+    target = rng.normal(size=(400, 3)).astype(np.float32)
+    own = (target @ [[1, 0.8, 0], [0, 1, 0.5], [0, 0, 1]] + rng.normal(size=(400, 3))).astype("f4")
+    mixture, agreement = turn_to(own, target)
+    turned = own @ mixture
+    exact = [np.corrcoef(turned[:, i], target[:, i])[0, 1] for i in range(3)]
+    assert agreement == pytest.approx(np.mean(exact), abs=1e-6)
+    assert np.isfinite(mixture).all()
+    assert turn_to(np.ones((9, 3), np.float32), target[:9])[1] == 0
+
+
 def test_signs_and_order_of_components_do_not_matter() -> None:
     """Of the same features in other coordinates, the colors are the same."""
     rng = np.random.default_rng(1)
@@ -257,6 +269,16 @@ def test_each_column_is_of_its_network_in_colors_of_the_first(
         coarse = values[2].reshape(3, 4, 2, 6, 2, 3).mean(axis=(2, 4))[front]
         exact = [np.corrcoef(coarse[:, i], values[0][front][:, i])[0, 1] for i in range(3)]
         assert other == pytest.approx(np.mean(exact), abs=1e-5)
+        floors = [of["floors"] for of in report["also"]]
+        assert [sorted(of) for of in floors] == [["other_images", "untrained"]] * 2
+        # Image 1 stands for 0, 2 for 1, 0 for 2; the second network sees what the first does.
+        wrong = turn_to(values[0][[1, 2, 0]][front], values[0][front])[1]
+        assert floors[0]["other_images"] == pytest.approx(wrong, abs=1e-3)
+        assert all(
+            0 < of["other_images"] < 0.7 * agreed
+            for of, agreed in zip(floors, (same, other), strict=True)
+        )
+        assert 0 < floors[0]["untrained"] < 0.99
 
 
 def test_attention_in_a_column_is_of_its_network_on_the_scale_of_all(
