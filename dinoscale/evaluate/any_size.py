@@ -83,16 +83,19 @@ class Fit:
             )
         return rows, columns
 
+    def area(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height in pixels of what `cut` leaves of an image; errors as of `grid`."""
+        rows, columns = self.grid(width, height)
+        return columns * self.patch, rows * self.patch
+
     def cut(self, image: Image.Image) -> Image.Image:
         """Resize, then cut off partial patches at the right and lower edge, as the reference."""
-        rows, columns = self.grid(*image.size)
         resized = image.resize(self._resized(*image.size), Image.Resampling.BICUBIC)
-        return resized.crop((0, 0, columns * self.patch, rows * self.patch))
+        return resized.crop((0, 0, *self.area(*image.size)))
 
     def squeeze(self, image: Image.Image) -> Image.Image:
         """Resize to whole patches, so that the grid covers all of the image."""
-        rows, columns = self.grid(*image.size)
-        return image.resize((columns * self.patch, rows * self.patch), Image.Resampling.BICUBIC)
+        return image.resize(self.area(*image.size), Image.Resampling.BICUBIC)
 
     def protocol(self) -> dict[str, object]:
         """All that changes a number, ready for JSON."""

@@ -28,6 +28,7 @@ from dinoscale.evaluate.any_size import (
 )
 from dinoscale.evaluate.dense.attention_files import (
     heat_overlay,
+    of_area,
     on_scale,
     report_attention,
     scale_of,
@@ -43,6 +44,7 @@ from dinoscale.evaluate.dense.side_by_side import (
     Place,
     Size,
     check_fps,
+    common_area,
     draw_table,
     folders_of,
     images_at,
@@ -62,7 +64,7 @@ log = logging.getLogger(__name__)
 SCALE = "multiples of uniform attention, one for all frames and weights"
 
 Maps = dict[Place, NDArray[Any]]
-Draw = Callable[[Place, Image.Image], list[Image.Image]]
+Draw = Callable[[Place, Image.Image, Size], list[Image.Image]]
 
 
 def animate_pca(
@@ -115,8 +117,8 @@ def animate_pca(
     videos = _Videos.open(networks, spec, limit=limit)
     found = color_patches(networks, videos.sets_of, foreground=foreground)
 
-    def draw(place: Place, frame: Image.Image) -> list[Image.Image]:
-        return [colored.picture(place, frame.size, smooth=smooth) for colored in found]
+    def draw(place: Place, frame: Image.Image, area: Size) -> list[Image.Image]:
+        return [colored.picture(place, frame.size, smooth=smooth, area=area) for colored in found]
 
     folder = Path(out)
     with writing_to(folder):
@@ -166,8 +168,12 @@ def animate_attention(
         found.append(_attend(network, frames))
     high = scale_of([maps[place] for maps in found for place in places])
 
-    def draw(place: Place, frame: Image.Image) -> list[Image.Image]:
-        return [heat_overlay(frame, on_scale(maps[place], high)) for maps in found]
+    def draw(place: Place, frame: Image.Image, area: Size) -> list[Image.Image]:
+        shown = [
+            of_area(on_scale(maps[place], high), network.fit.patch, area)
+            for network, maps in zip(networks, found, strict=True)
+        ]
+        return [heat_overlay(frame, brightness) for brightness in shown]
 
     folder = Path(out)
     with writing_to(folder):
@@ -222,7 +228,8 @@ class _Videos:
         Args:
             task: its name, which ends the names of the files.
             places: of the frames.
-            draw: the pictures of a frame, one for each network, at the size of the frame.
+            draw: the pictures of a frame, one for each network, at the size of the frame; its
+                last argument is the area in pixels as the networks see it.
             out: the folder.
             fps: None takes that of each video.
 
@@ -231,8 +238,10 @@ class _Videos:
         """
 
         def table(some: Sequence[Place], panel: Size) -> Image.Image:
-            frames = [self._frame(place, panel) for place in some]
-            rows = [[x, *draw(place, x)] for place, x in zip(some, frames, strict=True)]
+            rows = []
+            for place in some:
+                frame, area = self._frame(place, panel)
+                rows.append([frame, *draw(place, frame, area)])
             return draw_table(self.titles, rows, panel[0])
 
         files = self._files(places, out, f"{task}.webp")
@@ -240,7 +249,7 @@ class _Videos:
             for number, file in files.items():
                 own = [place for place in places if place[0] == number]
                 rate = fps or self.clips[number].fps
-                _animate(own, table, self._frame(own[0], PANEL).size, file, rate, bar)
+                _animate(own, table, self._frame(own[0], PANEL)[0].size, file, rate, bar)
         few = np.linspace(0, len(places) - 1, min(ROWS_DRAWN, len(places))).round().astype(int)
         sheet = out / f"{task}-sheet.png"
         save_picture(table([places[i] for i in few], SHEET_PANEL), sheet)
@@ -271,10 +280,14 @@ class _Videos:
             log.warning("left out %s", video)
         return left_out(self.sets_of) + videos
 
-    def _frame(self, place: Place, largest: Size) -> Image.Image:
-        """A frame as the first network sees it, scaled into a size, RGB."""
-        image = self.sets_of[0][place[0]].read(place[1]).image
-        return image.convert("RGB").resize(within(image.size, largest))
+    def _frame(self, place: Place, largest: Size) -> tuple[Image.Image, Size]:
+        """What all networks see of a frame, scaled into a size, RGB, and its size before that."""
+        video, index = place
+        fitted = self.sets_of[0][video].read(index)
+        height, width = fitted.size
+        area = common_area([sets[video].fit.area(width, height) for sets in self.sets_of])
+        seen = fitted.image.convert("RGB").crop((0, 0, *area))
+        return seen.resize(within(area, largest)), area
 
     def _files(self, places: Sequence[Place], out: Path, ending: str) -> dict[int, Path]:
         """A file for each video of which there are frames."""

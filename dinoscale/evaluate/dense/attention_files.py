@@ -35,6 +35,8 @@ from dinoscale.evaluate.dense.side_by_side import (
     ROWS_DRAWN,
     SHEET_PANEL,
     Place,
+    Size,
+    common_area,
     draw_table,
     folders_of,
     images_at,
@@ -161,10 +163,15 @@ def _draw_sheet(
     means = [{place: row.heads.mean(axis=0) for place, row in rows.items()} for rows in rows_of]
     high = scale_of([mean for of in means for mean in of.values()])
     pictures = []
-    for place, row in rows_of[0].items():
-        image = Image.fromarray(row.picture)
-        image = image.resize(within(image.size, SHEET_PANEL))
-        maps = [on_scale(of[place], high) for of in means]
+    for place in rows_of[0]:
+        seen = [Image.fromarray(rows[place].picture) for rows in rows_of]
+        area = common_area([image.size for image in seen])
+        image = seen[0].crop((0, 0, *area))
+        image = image.resize(within(area, SHEET_PANEL))
+        maps = [
+            of_area(on_scale(of[place], high), picture.width // of[place].shape[1], area)
+            for of, picture in zip(means, seen, strict=True)
+        ]
         pictures.append([image, *(heat_overlay(image, brightness) for brightness in maps)])
     save_picture(draw_table(["image", *titles], pictures), path)
 
@@ -216,6 +223,12 @@ def scale_of(means: Sequence[NDArray[np.float32]]) -> float:
 def on_scale(mean: NDArray[np.float32], high: float) -> NDArray[np.float32]:
     """A map (R, C) as brightness 0..1 on the scale that ends at `high` times its mean."""
     return np.asarray((mean / (high * mean.mean())).clip(0, 1))
+
+
+def of_area(brightness: NDArray[np.float32], patch: int, area: Size) -> NDArray[np.float32]:
+    """A map (R, C) of patches at each pixel of an area at its upper left corner, (H, W)."""
+    width, height = area
+    return brightness[np.arange(height)[:, None] // patch, np.arange(width) // patch]
 
 
 def heat_overlay(image: Image.Image, brightness: NDArray[np.float32]) -> Image.Image:

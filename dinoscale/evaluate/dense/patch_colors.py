@@ -27,7 +27,7 @@ from dinoscale.evaluate.dense.components import (
     resample,
     turn_to,
 )
-from dinoscale.evaluate.dense.side_by_side import Place, images_at, usable_by_all
+from dinoscale.evaluate.dense.side_by_side import Place, Size, images_at, usable_by_all
 
 _TAILS = 1.0  # percent of the patches clipped at either end of a component
 
@@ -64,11 +64,22 @@ class Colored:
     foregrounds: Fronts
     ends: NDArray[np.float64]
 
-    def picture(self, place: Place, size: tuple[int, int], *, smooth: bool) -> Image.Image:
-        """The colors of an image at a width and height in pixels."""
+    def picture(
+        self, place: Place, size: Size, *, smooth: bool, area: Size | None = None
+    ) -> Image.Image:
+        """The colors of an image, or of an area at its upper left corner.
+
+        Args:
+            place: of the image.
+            size: width and height of the picture in pixels.
+            smooth: bilinear, not by nearest neighbour.
+            area: width and height in pixels as the network sees the image; None takes all.
+        """
         how = Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST
         color = _to_color(self.components[place], self.foregrounds[place], self.ends)
-        return Image.fromarray(color).resize(size, how)
+        patch = self.network.fit.patch
+        box = None if area is None else (0, 0, area[0] / patch, area[1] / patch)
+        return Image.fromarray(color).resize(size, how, box)
 
     @property
     def score(self) -> dict[str, float]:

@@ -16,6 +16,7 @@ from dinoscale.evaluate.dense.patch_colors import Colored, color_patches
 from dinoscale.evaluate.dense.side_by_side import (
     ROWS_DRAWN,
     SHEET_PANEL,
+    common_area,
     draw_table,
     folders_of,
     left_out,
@@ -156,7 +157,9 @@ def _sheet(
     rows = []
     for pairs in list(zip(*pairs_of, strict=True))[:ROWS_DRAWN]:
         pictures = [pairs[0][0], *(colors for _, colors in pairs)]
-        rows.append([picture.resize(within(picture.size, SHEET_PANEL)) for picture in pictures])
+        area = common_area([picture.size for picture in pictures])
+        size = within(area, SHEET_PANEL)
+        rows.append([picture.crop((0, 0, *area)).resize(size) for picture in pictures])
     return draw_table(["image", *titles_of(networks)], rows)
 
 

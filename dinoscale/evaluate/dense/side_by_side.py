@@ -111,6 +111,15 @@ def left_out(sets_of: Sequence[Sequence[FittedImages]]) -> list[str]:
     return list(dict.fromkeys(reasons))
 
 
+def common_area(sizes: Sequence[Size]) -> Size:
+    """What all networks see of an image: each cuts partial patches of its own size off.
+
+    Args:
+        sizes: of the image as each of them sees it.
+    """
+    return min(width for width, _ in sizes), min(height for _, height in sizes)
+
+
 def within(size: Size, largest: Size = PANEL) -> Size:
     """Scale a size to touch the largest one from inside."""
     scale = min(largest[0] / size[0], largest[1] / size[1])

@@ -302,6 +302,46 @@ def test_attention_in_a_column_is_of_its_network_on_the_scale_of_all(
                 assert np.abs(found - np.asarray(drawn)).max() <= 3  # steps of the color map
 
 
+def test_columns_show_what_all_networks_see(tmp_path: Path, three: list[Path]) -> None:
+    """Of 44 pixels, patches of 8 pixels see 40: the other network's last column is cut off."""
+    picture = save_picture(tmp_path / "in" / "00000.png", seed=5, size=(44, SIDE))
+    how: dict[str, Any] = {"also": three[:1], "size": SIDE, "options": OPTIONS}
+    seen = Image.open(picture).crop((0, 0, 40, SIDE)).resize((300, 240))
+    for draw_all, name, key in (
+        (animate_pca, "in-pca", "components"),
+        (evaluate_pca, "00000/pca", "components"),
+        (animate_attention, "in-attention", "maps"),
+        (write_attention, "00000/attention", "maps"),
+    ):
+        out = tmp_path / draw_all.__name__
+        report = as_json(draw_all(three[2], str(tmp_path / "in"), out, **how))
+        sheet = np.asarray(Image.open(report["picture"])).astype(int)[20:]
+        frame, *columns = (sheet[:, at : at + 300] for at in (10, 334, 658))  # centered in 320
+        assert np.array_equal(frame, np.asarray(seen))
+        raws = [
+            np.load(out / of / f"{name}.npz")[key] for of in ("1-c.safetensors", "2-a.safetensors")
+        ]
+        if name.startswith("in"):
+            raws = [raw[0] for raw in raws]
+        if key == "components":
+            ends = np.percentile(raws[0].reshape(-1, 3), (1, 99), axis=0)
+            bright = [255 * ((raw - ends[0]) / (ends[1] - ends[0])).clip(0, 1) for raw in raws]
+        else:
+            means = [raw.mean(axis=0) if raw.ndim == 3 else raw for raw in raws]
+            multiples = [mean / mean.mean() for mean in means]
+            high = np.percentile(np.concatenate([of.ravel() for of in multiples]), 99)
+            bright = [(of / high).clip(0, 1) for of in multiples]
+        for column, values, patch in zip(columns, bright, (4, 8), strict=True):
+            pixels = values.repeat(patch, axis=0).repeat(patch, axis=1)[:, :40].astype(np.float32)
+            if key == "maps":
+                drawn = np.asarray(heat_overlay(seen, pixels)).astype(int)
+                assert np.abs(column - drawn).max() <= 3
+            else:  # in the middle of each patch, where enlarging does not blur
+                at = (np.arange(0, 40, patch) + patch / 2) * 7.5
+                middle = column[np.ix_(at[: SIDE // patch].astype(int), at.astype(int))]
+                assert np.abs(middle - pixels[patch // 2 :: patch, patch // 2 :: patch]).max() <= 16
+
+
 def test_an_image_that_one_network_cannot_use_is_left_out_of_all(
     tmp_path: Path, three: list[Path], squares: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
