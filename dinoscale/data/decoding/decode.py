@@ -264,11 +264,12 @@ class Animation:
 
     Attributes:
         path: its name, for messages.
-        fps: frames per second, by the time that the first one is shown; None if it is not stated.
+        fps: frames per second, by the median of the times that frames are shown, as often one at
+            an end stands longer; None if none is stated.
     """
 
     def __init__(self, data: bytes, path: str, decoder: Decoder) -> None:
-        """Read the headers of all frames.
+        """Decode all frames once: some formats state their times only then.
 
         Raises:
             BadSampleError: damaged at its start, or nothing that Pillow opens.
@@ -278,9 +279,21 @@ class Animation:
             self._opened = _opened(data)
             self._number = int(getattr(self._opened, "n_frames", 1))
             self._opened.seek(0)
-            self._opened.load()  # a WebP file states its times then
-            frame_ms = self._opened.info.get("duration")
-        self.fps = 1000 / float(frame_ms) if frame_ms else None
+            self._opened.load()
+            times_ms = self._times_ms()
+        self.fps = 1000 / float(np.median(times_ms)) if times_ms else None
+
+    def _times_ms(self) -> list[float]:
+        """How long frames are shown, where it is stated, up to the first damaged one."""
+        found = []
+        for index in range(self._number):
+            try:
+                self._opened.seek(index)
+                self._opened.load()
+            except Exception:  # decoders raise anything; `pixels` names the frame
+                break
+            found.append(float(self._opened.info.get("duration") or 0))
+        return [time for time in found if time > 0]
 
     def __len__(self) -> int:
         """Number of frames."""

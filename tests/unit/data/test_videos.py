@@ -179,6 +179,12 @@ def test_frames_of_a_file_are_decoded_in_any_order(kind: str) -> None:
         assert (pixels == 40 * index).all()
 
 
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_frames_per_second_are_of_most_frames(kind: str) -> None:
+    data = _animation(4, kind, duration=[3000, 40, 40, 40])
+    assert Animation(data, "x", RGB).fps == 25
+
+
 def test_a_still_picture_is_one_frame_and_damaged_ones_are_named() -> None:
     still = Animation(_jpg(), "x", RGB)
     assert (len(still), still.fps) == (1, None)
