@@ -281,6 +281,7 @@ class Animation:
             self._opened.seek(0)
             self._opened.load()
             times_ms = self._times_ms()
+        self._at = self._number  # behind all frames
         self.fps = 1000 / float(np.median(times_ms)) if times_ms else None
 
     def _times_ms(self) -> list[float]:
@@ -306,8 +307,13 @@ class Animation:
             BadSampleError: it, or one that it builds on, cannot be decoded.
         """
         with _reasons(self._data, f"{self.path}, frame {index}"):
+            if index < self._at:  # Pillow's way back leaves the later frame in an APNG
+                self._opened = _opened(self._data)
+            self._at = self._number  # if this fails, the next one begins anew
             self._opened.seek(index)
-            return self._decoder.upright_pixels(self._opened)
+            pixels = self._decoder.upright_pixels(self._opened)
+            self._at = index
+            return pixels
 
 
 def read_as_stored(data: bytes, path: str) -> Image.Image:

@@ -171,12 +171,24 @@ def _animation(frames: int, kind: str, **more: Any) -> bytes:
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
 def test_frames_of_a_file_are_decoded_in_any_order(kind: str) -> None:
     more = {"lossless": True} if kind == "WEBP" else {}
-    animation = Animation(_animation(4, kind, duration=50, **more), "x", RGB)
+    data = _animation(4, kind, duration=50, **more)
+    animation = Animation(data, "x", RGB)
     assert (len(animation), animation.fps) == (4, 20)
     for index in (0, 1, 3, 2, 0):
         pixels = animation.pixels(index)
         assert pixels.shape == (*SIZE, 3)
         assert (pixels == 40 * index).all()
+    # Frames that store only what changes: every one builds on those before it.
+    frames = [np.full((24, 24, 3), 30, np.uint8) for _ in range(5)]
+    for index, frame in enumerate(frames):
+        frame[3 * index : 3 * index + 5, 2:8] = (200, 50, 50)
+    file = io.BytesIO()
+    first, *others = map(Image.fromarray, frames)
+    first.save(file, kind, save_all=True, append_images=others, duration=50, **more)
+    for order in ((4, 1), (1, 0, 1, 2, 3, 4, 0, 1), (0, 1, 2, 3, 4, 1, 2), (3, 2), (2, 2)):
+        animation = Animation(file.getvalue(), "x", RGB)
+        for index in order:
+            assert np.abs(animation.pixels(index).astype(int) - frames[index]).max() <= 8
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
