@@ -226,16 +226,17 @@ def dims_of(config: RunConfig) -> Dims:
 
     def of_size(run: RunConfig) -> Dims:
         dims = _dims_of_size(run, network)
-        by_heads = run.distill.by_heads
-        tracks = by_heads and any(True for _ in network.buffers())  # as in `Teacher`
-        if teacher is None:
-            stored = run.distill.targets is not None and by_heads
-            if run.distill.targets is not None and not by_heads:
+        if not run.distill.is_given:
+            return dims
+        if run.distill.by_features:
+            if teacher is None:
                 return _with_stored_features(dims, run)
-            return replace(dims, stored_targets=stored, average_follows=stored and tracks)
-        if not by_heads:
             return _with_followed(dims, run, teacher)
-        return replace(_with_teacher(dims, run, teacher), average_follows=tracks)
+        tracks = any(True for _ in network.buffers())  # as in `Teacher`
+        dims = replace(dims, average_follows=tracks)
+        if teacher is None:
+            return replace(dims, stored_targets=True)
+        return _with_teacher(dims, run, teacher)
 
     largest = of_size(config.of_largest_size)
     if not config.crops.mixture:
