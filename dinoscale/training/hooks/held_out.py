@@ -18,13 +18,14 @@ from dinoscale.data.sources.mixture import require_few_left_out
 from dinoscale.data.sources.source import StoredSource
 from dinoscale.data.sources.subset import SubsetSource
 from dinoscale.errors import DataError, NonFiniteError
+from dinoscale.evaluate.features import extract_unlabelled
 from dinoscale.evaluate.label_free.agreement import agreement, nearest
 from dinoscale.evaluate.label_free.spectrum import lidar
 from dinoscale.evaluate.label_free.view_features import extract_views, view_crops
 from dinoscale.runtime import distributed
 from dinoscale.runtime.opening import on_first_rank
 from dinoscale.runtime.outputs import write_tensors
-from dinoscale.training.hooks.online_rank import extract, of_spectrum
+from dinoscale.training.hooks.online_rank import as_in_run, of_spectrum
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +114,9 @@ class HeldOut:
         """
         config = self._config
         try:
-            features, numbers = extract(config, backbone, self._source, device, on_batch)
+            features, numbers = extract_unlabelled(
+                backbone, self._source, **as_in_run(config, device, on_batch)
+            )
             views = self._views(backbone, device, on_batch)
         except NonFiniteError:  # on every rank
             if starts and distributed.rank() == 0:

@@ -6,7 +6,6 @@ Where the images have masks, as drawn ones do, their patches are classified too.
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from dinoscale.evaluate.classification.labelled_sets import renumber_classes
 from dinoscale.evaluate.dense.patch_knn import PatchKnn, PatchPixels, PatchTokens
 from dinoscale.evaluate.features import extract_features
 from dinoscale.evaluate.label_free.spectrum import RANKME_IMAGES, rankme
+from dinoscale.training.hooks.online_rank import as_in_run
 
 PATCHES_OF = 400  # images of each set, whose patches are classified
 
@@ -151,20 +151,9 @@ class OnlineKnn:
             DinoscaleError: on every rank.
         """
         config = self._config
-        extract = partial(
-            extract_features,
-            backbone,
-            resize=config.eval.resize,
-            crop=config.eval.crop,
-            mean=config.data.mean,
-            std=config.data.std,
-            batch_size=config.eval.batch_size,
-            device=device,
-            num_workers=config.data.num_workers,  # those of the training are idle meanwhile
-            on_batch=on_batch,
-        )
-        train, train_labels = extract(self._train)
-        test, test_labels = extract(self._test)
+        prepared = as_in_run(config, device, on_batch)
+        train, train_labels = extract_features(backbone, self._train, **prepared)
+        test, test_labels = extract_features(backbone, self._test, **prepared)
         for name, source, found in (("train", self._train, train), ("test", self._test, test)):
             if not len(found):
                 raise DataError(f"eval.{name}: none of the {len(source)} images can be read")

@@ -7,6 +7,7 @@ Shape letters: N images, D width.
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from dinoscale.config import RunConfig
 from dinoscale.data.shards.stream import StreamSource
 from dinoscale.data.sources.mixture import MixedSource
-from dinoscale.data.sources.source import Source, StoredSource
+from dinoscale.data.sources.source import StoredSource
 from dinoscale.data.sources.subset import SubsetSource
 from dinoscale.errors import DataError
 from dinoscale.evaluate.features import extract_unlabelled
@@ -24,26 +25,20 @@ from dinoscale.runtime import distributed
 log = logging.getLogger(__name__)
 
 
-def extract(
-    config: RunConfig,
-    backbone: nn.Module,
-    source: Source,
-    device: torch.device,
-    on_batch: Callable[[], None],
-) -> tuple[Tensor, Tensor]:
-    """What `extract_unlabelled` gives, of images prepared as a run says; all ranks call it."""
-    return extract_unlabelled(
-        backbone,
-        source,
-        resize=config.eval.resize,
-        crop=config.eval.crop,
-        mean=config.data.mean,
-        std=config.data.std,
-        batch_size=config.eval.batch_size,
-        device=device,
-        num_workers=config.data.num_workers,  # those of the training are idle meanwhile
-        on_batch=on_batch,
-    )
+def as_in_run(
+    config: RunConfig, device: torch.device, on_batch: Callable[[], None]
+) -> dict[str, Any]:
+    """How `extract_features` and `extract_unlabelled` prepare images as the run says."""
+    return {
+        "resize": config.eval.resize,
+        "crop": config.eval.crop,
+        "mean": config.data.mean,
+        "std": config.data.std,
+        "batch_size": config.eval.batch_size,
+        "device": device,
+        "num_workers": config.data.num_workers,  # those of the training are idle meanwhile
+        "on_batch": on_batch,
+    }
 
 
 def of_spectrum(features: Tensor) -> dict[str, float]:
@@ -91,7 +86,9 @@ class OnlineRank:
         Raises:
             DinoscaleError: on every rank.
         """
-        features, _ = extract(self._config, backbone, self._source, device, on_batch)
+        features, _ = extract_unlabelled(
+            backbone, self._source, **as_in_run(self._config, device, on_batch)
+        )
         if not len(features):
             raise DataError(f"none of {len(self._source)} training images can be read")
         first = distributed.rank() == 0  # others may differ in the last bit

@@ -17,13 +17,14 @@ from dinoscale.data.sources.mixture import open_sources
 from dinoscale.data.sources.source import open_source
 from dinoscale.data.sources.subset import SubsetSource
 from dinoscale.errors import DataError
+from dinoscale.evaluate.features import extract_unlabelled
 from dinoscale.reports.run.plots import draw_run
 from dinoscale.reports.run.read import read_record
 from dinoscale.reports.run.state import find_state
 from dinoscale.training.due import Due
 from dinoscale.training.hooks.measurements import Measurements
 from dinoscale.training.hooks.metrics import Metrics
-from dinoscale.training.hooks.online_rank import OnlineRank, extract, of_spectrum, online_rank
+from dinoscale.training.hooks.online_rank import OnlineRank, as_in_run, of_spectrum, online_rank
 from tests.distributed.tiny_run import tiny_config
 
 SPEC = "synthetic:shapes?images=24&size=16"
@@ -62,7 +63,8 @@ def test_images_are_those_that_evaluate_rank_chooses(
     found = _measure(online_rank(config, open_sources(specs, subset_size=subset)))
     whole = open_source(SPEC)
     source = whole if chosen == len(whole) else SubsetSource(whole, images=chosen)
-    features, _ = extract(config, Pooled(), source, torch.device("cpu"), lambda: None)
+    prepared = as_in_run(config, torch.device("cpu"), lambda: None)
+    features, _ = extract_unlabelled(Pooled(), source, **prepared)
     assert found == {**of_spectrum(features), "rank_images": chosen}
     assert 1 < found["rankme"] < min(chosen, 12)
     assert "alpha_req" not in found  # of 12 directions
