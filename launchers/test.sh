@@ -4,8 +4,9 @@
 #   launchers/test.sh [PYTEST_ARGUMENT ...]
 #   launchers/test.sh --quick    while you work: unit tests, a golden trajectory, two kills of a run
 #
-# VENV_DIR: as in setup.sh. Without arguments, all tests run, in three workers. The last line is
-# pytest's.
+# VENV_DIR: as in setup.sh. Without arguments, all tests run, in three workers, and pytest lists those
+# that were skipped and why; packages for the tests between hosts are installed where apt-get may
+# (tests/multinode). The last line is pytest's.
 set -euo pipefail
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -24,6 +25,10 @@ stage() { # NAME COMMAND ...
   fi
 }
 
+packages() {
+  "$root/tests/multinode/install.sh" --slurm || (($? == 3)) # 3: not here; these tests are skipped
+}
+
 stage setup "$root/launchers/setup.sh" "$venv"
 export PATH=$venv/bin:$PATH # tests start `deepspeed` and `ninja` by name
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # tests start several processes on few cores
@@ -40,5 +45,6 @@ if [[ ${1:-} == --quick ]]; then
 elif (($#)); then
   stage pytest python -m pytest "$@"
 else
-  stage pytest python -m pytest "${workers[@]}" --durations 10
+  stage packages packages
+  stage pytest python -m pytest "${workers[@]}" --durations 10 -rs
 fi

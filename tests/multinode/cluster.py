@@ -342,6 +342,9 @@ def require_permission(*, slurm: bool = False) -> None:
         _do(["unshare", *_NAMESPACES, "--fork", "--mount-proc", "true"])
     script = Path(__file__).with_name("install.sh")
     words = [str(script), "--slurm"] if slurm else [str(script)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=480, check=False)
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=850, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise NotPermittedError(f"packages were not installed in {error.timeout:.0f} s") from None
     if done.returncode:
         raise NotPermittedError(done.stderr.strip()[-500:])

@@ -16,7 +16,7 @@ from tests.faults.run_processes import newest_step, steps_logged, write_config
 from tests.forked import run_module
 from tests.multinode.cluster import Cluster, Done, Program
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(800)]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 HANG_S = 40.0  # of a cut link; a start on a busy machine takes as long without a step
 START_S = 240.0  # of a busy machine; an idle one needs 15

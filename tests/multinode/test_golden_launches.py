@@ -10,7 +10,7 @@ import torch
 from tests.golden.test_trajectory import FOLDER, require_reference
 from tests.multinode.cluster import INTERFACE, Cluster, Done
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 RUNS = [{"stage": 2, "accumulation": 1}, {"stage": 3, "accumulation": 1}]
 LAUNCH_S = 280.0  # of a busy machine; an idle one needs 20

@@ -12,7 +12,7 @@ from tests.faults.run_processes import newest_step, steps_logged, write_config
 from tests.golden.test_trajectory import FOLDER, require_reference
 from tests.multinode.cluster import ROOT, Host
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(800)]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 RUNS = [{"stage": 2, "accumulation": 1}, {"stage": 3, "accumulation": 1}]
 TASKS = ["--nodes=2", "--ntasks-per-node=1"]

@@ -12,7 +12,7 @@ from dinoscale.scaling.sweep.table import TABLE, read_table
 from tests.multinode.cluster import Host
 from tests.unit.sweep.tiny_sweep import REAL_SWEEP, planned
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(800)]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 RUN = planned(1)  # of those that the program trains, the long one
 
