@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -77,10 +78,31 @@ def test_without_a_gpu_every_check_is_skipped_by_name() -> None:
         assert result["status"] == "skipped"
         assert result["why"].startswith("needs ")
     assert (report["gpus"], report["failed"], report["not_run"]) == ([], [], [])
-    empty = {**environment, "WHEELS": str(SCRIPT.parent)}
-    done = subprocess.run([str(SCRIPT)], env=empty, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "no wheels in" in done.stderr
+
+
+def test_wheels_are_used_on_top_of_what_the_interpreter_has(tmp_path: Path) -> None:
+    """Also where that is of a virtual environment, whose packages a further one does not see."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
+    environment["WHEELS"] = str(tmp_path)
+    command = [str(SCRIPT), "--only", "no such check"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"no wheels in {tmp_path}" in done.stderr
+    about = "carried-1.dist-info"
+    files = {
+        "carried.py": "import importlib.util as u, sys; print('torch', bool(u.find_spec('torch')),"
+        " file=sys.stderr)",
+        "use_carried.pth": "import carried",  # read after those of the interpreter
+        f"{about}/METADATA": "Metadata-Version: 2.1\nName: carried\nVersion: 1\n",
+        f"{about}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = "".join(f"{name},,\n" for name in [*files, f"{about}/RECORD"])
+    with zipfile.ZipFile(tmp_path / "carried-1-py3-none-any.whl", "w") as wheel:
+        for name, text in {**files, f"{about}/RECORD": record}.items():
+            wheel.writestr(name, text)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert "torch True" in done.stderr
+    assert "no such check" in done.stderr  # of the checks themselves, which have begun
 
 
 @pytest.mark.distributed

@@ -5,7 +5,8 @@
 #
 # On any machine with a CUDA build of torch, from a checkout. PYTHON: the interpreter, default that of
 # .venv, else python3. Where the rest of the requirements is missing and no network either, carry
-# their wheels along (pip wheel --no-deps, for that machine's Python; pytest among them):
+# their wheels along (pip wheel --no-deps, for that machine's Python), DeepSpeed, pydantic and pytest
+# among them; no check needs those of wandb and matplotlib:
 #
 #   WHEELS=/path/of/wheels tests/gpu/check.sh > gpu.json
 #
@@ -29,9 +30,18 @@ if [[ -n ${WHEELS:-} ]]; then
   }
   folder=$(mktemp -d)
   trap 'rm -rf -- "$folder"' EXIT
-  "$python" -m venv --system-site-packages "$folder" >&2
+  "$python" -m venv --without-pip "$folder" >&2
+  # Not --system-site-packages: where PYTHON is of a virtual environment itself, these are not its.
+  site=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  "$python" -c 'import sys; print(*[p for p in sys.path if p.endswith("-packages")], sep="\n")' \
+    >"$site/of_python.pth"
+  pip=("$python" -m pip --python "$folder/bin/python")
+  "$python" -c 'import pip' 2>/dev/null || {
+    "$folder/bin/python" -m ensurepip >&2
+    pip=("$folder/bin/python" -m pip)
+  }
+  "${pip[@]}" install --quiet --no-index --no-deps -- "${wheels[@]}" >&2
   python=$folder/bin/python
-  "$python" -m pip install --quiet --no-index --no-deps -- "${wheels[@]}" >&2
   export PATH=$folder/bin:$PATH
 fi
 cd -- "$root"
