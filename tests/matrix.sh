@@ -22,10 +22,12 @@ settings=(
 )
 tests=(
   tests/golden
-  tests/unit/{convert,engine,evaluate,losses,models,scaling}
+  tests/golden23
+  tests/unit/{convert,data_tools,engine,evaluate,losses,models,scaling}
   tests/unit/data/test_{augment,colors}.py
-  tests/distributed/test_{collapse,compiled,deepspeed,ema,init_from,options,precision}.py
-  tests/distributed/test_{reference_step,topology,whole_runs}.py
+  tests/distributed/test_{anchor,collapse,compiled,curation_copies,deepspeed,distill,ema}.py
+  tests/distributed/test_{features,gathers,gram,init_from,koleo,lora,mixed_sizes,options}.py
+  tests/distributed/test_{precision,reference_step,stored_targets,topology,whole_runs}.py
   tests/e2e/test_launchers.py
 )
 (($#)) && tests=("$@")
@@ -58,7 +60,8 @@ for setting in "${settings[@]}"; do
     (while :; do :; done) &
     busy+=($!)
   done
-  if env OMP_NUM_THREADS=1 TORCHINDUCTOR_CACHE_DIR="$kernels" "${variables[@]}" python -m pytest -q "${tests[@]}" &>"$output"; then
+  if env OMP_NUM_THREADS=1 TORCHINDUCTOR_CACHE_DIR="$kernels" "${variables[@]}" \
+    python -m pytest -q --numprocesses 3 --dist loadfile "${tests[@]}" &>"$output"; then
     verdict=ok
   else
     verdict="FAILED, see $output" code=1
