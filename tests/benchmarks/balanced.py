@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.benchmarks.curation import dinoscale, unpacked
+from tests.benchmarks.curation import dinoscale, require_same_arguments, unpacked
 from tests.benchmarks.distill import EPOCH, POINTS, STUDENT, Scores, accuracies, train
 
 LEVELS, ITERATIONS, RESAMPLING = (500, 100, 20), 20, 5  # as of `curation cifar`
@@ -36,6 +36,8 @@ def lists(options: argparse.Namespace) -> dict[str, Path]:
     """Write three lists of images: balanced, random, even over classes."""
     images = options.out / "images"
     labels, names = unpacked(options.cifar10, images, ratio=options.ratio)
+    if options.choose > len(names):
+        raise SystemExit(f"--choose {options.choose}: need at most {len(names)}, the skewed set")
     rng = np.random.default_rng(0)
     chosen = {"random": rng.permutation(len(names)).tolist()}
     left, even = rng.permutation(len(names)), list[int]()
@@ -88,6 +90,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     if options.steps % (POINTS * EPOCH):
         parser.error(f"--steps {options.steps}: need a multiple of {POINTS * EPOCH}")
+    require_same_arguments(parser, options, but=["seeds"])
     _measure_all(options)
 
 

@@ -60,7 +60,35 @@ def main(arguments: Sequence[str]) -> None:
             "--resampling", type=int, nargs="+", default=kind.get_default("resampling")
         )
     options = parser.parse_args(arguments)
+    require_same_arguments(parser, options)
     print(json.dumps(options.measure(options)))
+
+
+def require_same_arguments(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, *, but: Sequence[str] = ()
+) -> None:
+    """End where --out was begun with other arguments, since what is finished is not repeated.
+
+    Args:
+        parser: says so.
+        options: that are kept in --out; what is in it already counts as made with these.
+        but: names of those that may differ.
+    """
+    given = {
+        name: str(value)
+        for name, value in vars(options).items()
+        if name not in {"out", "measure", *but}
+    }
+    kept = options.out / "arguments.json"
+    before = json.loads(kept.read_text()) if kept.exists() else given
+    for name in sorted(given.keys() | before.keys()):
+        if given.get(name) != before.get(name):
+            parser.error(
+                f"{options.out} was begun with {name} {before.get(name)}, not {given.get(name)};"
+                " choose another --out"
+            )
+    options.out.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(given))
 
 
 def _cifar(options: argparse.Namespace) -> dict[str, Any]:
@@ -133,7 +161,7 @@ def _synthetic(options: argparse.Namespace) -> dict[str, Any]:
         write_blocks(features, _drawn(options.images, options.width), num_blocks=number)
     written = time.monotonic()
     found = _clustered(options, features, clusters)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # kB, of the largest
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     if not options.keep:
         shutil.rmtree(features)
         shutil.rmtree(clusters)
@@ -142,7 +170,8 @@ def _synthetic(options: argparse.Namespace) -> dict[str, Any]:
         "width": options.width,
         "minutes_to_write": round((written - began) / 60, 1),
         **found,
-        "peak_mb": peak // 1024,
+        "cpu_minutes_to_cluster": round((used.ru_utime + used.ru_stime) / 60, 1),
+        "peak_mb": used.ru_maxrss // 1024,  # of the largest, which counts in kB
     }
 
 

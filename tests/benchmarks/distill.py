@@ -29,7 +29,7 @@ from PIL import Image
 
 from dinoscale.evaluate.classification.logistic import fit_and_score
 from tests.benchmarks.adapt import samples
-from tests.benchmarks.curation import dinoscale
+from tests.benchmarks.curation import dinoscale, require_same_arguments
 
 Scores: TypeAlias = dict[str, float]  # task -> accuracy in percent
 Curve: TypeAlias = dict[int, Scores]  # by images seen
@@ -198,6 +198,7 @@ def main(arguments: Sequence[str]) -> None:
     for steps in (options.teacher_steps, options.steps):
         if steps % (POINTS * EPOCH):
             parser.error(f"{steps} steps: need a multiple of {POINTS * EPOCH}")
+    require_same_arguments(parser, options, but=["seeds", "students"])
     _measure_all(options)
 
 
