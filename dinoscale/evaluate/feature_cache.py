@@ -2,8 +2,8 @@
 
 A key holds the content of the weights, which output of the network they are, the preparation of the
 images, the files of the set (size and times of each file in order, not its path), the kind of
-device, our own code, and the libraries that decode, resize and multiply. The batch size is not part
-of it: it changes last bits only.
+device, our own code, and the libraries that decode, resize, build networks and multiply. The batch
+size is not part of it: it changes last bits only.
 
 A file system changes the `ctime` of a file whenever it is written, replaced or renamed, and
 programs cannot set it. So the features of a copied set are extracted again, those of a set whose
@@ -39,7 +39,12 @@ log = logging.getLogger(__name__)
 
 MOST_GB = 32  # 10^9 bytes of all cached features; those of ImageNet by a ViT-B take 4
 # The modules that compute features; with their imports, all code that can change one.
-_MODULES = ("features", "classification.linear_heads", "retrieval.multi_scale")
+_MODULES = (
+    "dinoscale.models.zoo",
+    "dinoscale.evaluate.features",
+    "dinoscale.evaluate.classification.linear_heads",
+    "dinoscale.evaluate.retrieval.multi_scale",
+)
 
 
 @runtime_checkable
@@ -87,7 +92,7 @@ def features_key(
         "preparation": asdict(preparation),
         "files": _files_digest(files),
         "device": device.type,
-        "code": code_fingerprint(*(f"dinoscale.evaluate.{module}" for module in _MODULES)),
+        "code": code_fingerprint(*_MODULES),
     }
     return json.dumps(about, sort_keys=True)
 

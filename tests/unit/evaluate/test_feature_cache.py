@@ -166,22 +166,27 @@ def test_the_least_recently_used_features_are_deleted(
         calls("d")
 
 
-def test_a_comment_in_the_code_invalidates_no_features(
+def test_code_of_images_and_networks_invalidates_features_and_no_comment_does(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = Path(dinoscale.__file__).parent
     shutil.copytree(package, tmp_path / "dinoscale", ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr("dinoscale.runtime.fingerprint._ROOT", tmp_path)
     found = []
-    for added in ("", "# a comment\n", "WHITE = 255\n"):
-        with (tmp_path / "dinoscale" / "data" / "decoding" / "decode.py").open("a") as file:
-            file.write(added)
+    for file, added in (
+        ("data/decoding/decode.py", ""),
+        ("data/decoding/decode.py", "# a comment\n"),
+        ("data/decoding/decode.py", "WHITE = 255\n"),
+        ("models/block.py", "EPS = 1e-5\n"),
+    ):
+        with (tmp_path / "dinoscale" / file).open("a") as code:
+            code.write(added)
         dinoscale.runtime.fingerprint.code_fingerprint.cache_clear()
         backbone = Counted()
         _extract(images, backbone)
         found.append(backbone.calls)
     dinoscale.runtime.fingerprint.code_fingerprint.cache_clear()
-    assert found == [1, 0, 1]
+    assert found == [1, 0, 1, 1]
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty"])
