@@ -5,7 +5,7 @@ Shape letters: N images of a set that can be read, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,9 +25,12 @@ from dinoscale.evaluate.feature_cache import (
     features_key,
     tensors_digest,
     through_cache,
+    weights_digest,
 )
 from dinoscale.evaluate.features import extract_features, extract_unlabelled, find_device
 from dinoscale.evaluate.untrained import untrained_backbone
+from dinoscale.models.block import KeylessBias
+from dinoscale.models.vit import VisionTransformer
 from dinoscale.runtime import distributed
 from dinoscale.runtime.fingerprint import code_fingerprint
 
@@ -119,6 +122,47 @@ class LoadedBackbone:
         """Mean and std of each channel, for the protocol of a report."""
         return {"mean": list(self.card.mean), "std": list(self.card.std)}
 
+    def identity(self, backbone: nn.Module) -> dict[str, object]:
+        """All that the features of a backbone depend on but image sizes and precision, for JSON.
+
+        Args:
+            backbone: of this architecture.
+        """
+        return {
+            "weights": weights_digest(backbone),
+            **_unlike_tensors(backbone),
+            **self.normalisation,
+            "max_pixel_value": self.card.max_pixel_value,
+        }
+
+    def require_identity(self, kept: object, of: str | Path) -> None:
+        """Refuse what was trained on the features of another backbone.
+
+        Args:
+            kept: the `identity` of that backbone, from a file; in files of older versions only its
+                digest.
+            of: the file.
+
+        Raises:
+            CheckpointError: they differ, or the file does not say enough.
+        """
+        now = self.identity(self.backbone)
+        before: Mapping[str, object] = kept if isinstance(kept, dict) else {"weights": kept}
+        if before.get("weights") != now["weights"]:
+            raise CheckpointError(
+                f"{of} was trained on features of other weights than {self.path}: name those"
+            )
+        if lacking := sorted(now.keys() - before.keys()):
+            raise CheckpointError(
+                f"{of} was written by an older version, and does not say the {', '.join(lacking)}"
+                " of its backbone: train it again, with --out"
+            )
+        if changed := [name for name in now if before[name] != now[name]]:
+            raise CheckpointError(
+                f"{of} was trained with another {', '.join(changed)} than {self.path} has now: name"
+                " the weights that it was trained on, or train it again"
+            )
+
     def untrained(self: AnyBackbone) -> AnyBackbone:
         """The same architecture and preparation with fresh weights, the same at every call."""
         return replace(self, backbone=untrained_backbone(self.card).to(self.device))
@@ -135,6 +179,24 @@ class LoadedBackbone:
             "weights_source": self.card.source,
             "backbone": asdict(self.card.backbone),
         }
+
+
+def _unlike_tensors(backbone: nn.Module) -> dict[str, object]:
+    """What changes the features of a backbone and shows in none of its tensors, for JSON.
+
+    Of the network itself: cards of the same network may state what others leave to its name.
+    """
+    if not isinstance(backbone, VisionTransformer):
+        return {}
+    block: Any = backbone.blocks[0]
+    return {
+        "num_heads": block.attn.num_heads,
+        "norm_eps": block.norm1.eps,
+        "activation": type(block.mlp.act).__name__,
+        "rope": None if backbone.rope is None else asdict(backbone.rope),
+        "position_resize": None if backbone.pos_embed is None else backbone.position_resize,
+        "mask_key_bias": isinstance(block.attn.qkv, KeylessBias),
+    }
 
 
 @dataclass(frozen=True)

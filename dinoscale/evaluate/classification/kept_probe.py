@@ -28,7 +28,6 @@ from dinoscale.evaluate.classification.accuracy import answers, num_correct, per
 from dinoscale.evaluate.classification.answers import NO_DETAILS, Answers, Details, intervals
 from dinoscale.evaluate.classification.labelled_sets import describe_set
 from dinoscale.evaluate.classification.linear_heads import FeatureKind, TokenFeatures
-from dinoscale.evaluate.feature_cache import weights_digest
 from dinoscale.evaluate.features import check_labels
 from dinoscale.evaluate.frozen_backbone import (
     DEFAULT_EXTRACTION,
@@ -51,7 +50,8 @@ class ProbeCard:
 
     Attributes:
         task: that trained it.
-        backbone: digest of the weights that its features are of.
+        backbone: `identity` of the one that its features are of; in files of older versions a
+            digest of its weights.
         tokens: which it takes; None takes the backbone's output.
         normalised: features have length 1.
         precision: of the backbone.
@@ -64,7 +64,7 @@ class ProbeCard:
     """
 
     task: str
-    backbone: str
+    backbone: object
     tokens: FeatureKind | None
     normalised: bool
     precision: Literal["bf16", "fp32"]
@@ -91,7 +91,7 @@ class ProbeCard:
         """Describe a classifier of a backbone on features that an extractor prepares."""
         return cls(
             task=task,
-            backbone=weights_digest(backbone),
+            backbone=extractor.identity(backbone),
             tokens=tokens,
             normalised=normalised,
             precision=precision,
@@ -113,7 +113,7 @@ class ProbeCard:
         tokens, classes = card["tokens"], card["classes"]
         return cls(
             task=str(card["task"]),
-            backbone=str(card["backbone"]),
+            backbone=card["backbone"],
             tokens=None if tokens is None else FeatureKind(**tokens),
             normalised=bool(card["normalised"]),
             precision="bf16" if card["precision"] == "bf16" else "fp32",
@@ -269,12 +269,9 @@ def evaluate_probe(
 
 
 def _require_backbone(extractor: FeatureExtractor, probe: KeptProbe, path: str | Path) -> None:
-    backbone, tokens = extractor.backbone, probe.card.tokens
-    if weights_digest(backbone) != probe.card.backbone:
-        raise CheckpointError(
-            f"{path} was trained on features of other weights than {extractor.path}: name those"
-        )
-    width = int(backbone.embed_dim)  # type: ignore[arg-type]  # an int
+    extractor.require_identity(probe.card.backbone, path)
+    tokens = probe.card.tokens
+    width = int(extractor.backbone.embed_dim)  # type: ignore[arg-type]  # an int
     width *= 1 if tokens is None else tokens.blocks + tokens.pooled
     if width != probe.weight.shape[1]:
         raise CheckpointError(

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from dinoscale.errors import CheckpointError, ConfigError
 from dinoscale.evaluate.classification.inputs import ClassifierInputs
 from dinoscale.evaluate.classification.probe_report import Log, Reporting, Rest, measure_and_report
-from dinoscale.evaluate.feature_cache import weights_digest
 from dinoscale.runtime import distributed
 from dinoscale.runtime.fingerprint import (
     Fingerprint,
@@ -239,7 +238,7 @@ def _state_beside(
         return TrainingState(None, {})
     kind = "resume" if backbone is inputs.backbone else "untrained.resume"
     made_from = fingerprint(
-        input={"weights": weights_digest(backbone), **inputs.files},
+        input={"backbone": inputs.extractor.identity(backbone), **inputs.files},
         command=protocol,
         code=code_fingerprint(module),
     )

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from dinoscale.errors import CheckpointError
 from dinoscale.evaluate.classification.resumable_training import TrainingState, save_tensors
 from dinoscale.evaluate.dense_probes.linear_head import LinearHead
 from dinoscale.evaluate.dense_probes.pairs import Pairs
-from dinoscale.evaluate.feature_cache import weights_digest
 from dinoscale.runtime.fingerprint import code_fingerprint, files_fingerprint, fingerprint
 
 _CARD = "head"  # key in the metadata of the file
@@ -51,13 +49,6 @@ class KeptHead:
                 f"{self.path}: its card is incomplete. Train the head again, with --out"
             ) from error
 
-    def require_backbone(self, backbone: nn.Module, path: str) -> None:
-        """Refuse, by CheckpointError, other weights than the head was trained on."""
-        if weights_digest(backbone) != self.card["backbone"]:
-            raise CheckpointError(
-                f"{self.path} was trained on features of other weights than {path}: name those"
-            )
-
     def require_settings(self, settings: Mapping[str, object]) -> None:
         """Refuse, by CheckpointError, to test otherwise than after the training.
 
@@ -79,7 +70,7 @@ def state_beside(
     out: Path | None,
     features: str,
     *,
-    backbone: nn.Module | None,
+    backbone: Mapping[str, object] | None,
     train: Pairs,
     protocol: Mapping[str, object],
     module: str,
@@ -89,7 +80,7 @@ def state_beside(
     Args:
         out: file of the head of the trained backbone; None saves nothing.
         features: trained, untrained or colors.
-        backbone: of the features, if they have one.
+        backbone: `LoadedBackbone.identity` of that of the features, if they have one.
         train: what the head learns from.
         protocol: all settings that change a number.
         module: the one that trains.
@@ -101,7 +92,7 @@ def state_beside(
         return TrainingState(None, {})
     made_from = fingerprint(
         input={
-            "weights": None if backbone is None else weights_digest(backbone),
+            "backbone": backbone,
             "train": files_fingerprint("", train.files()),
         },
         command=protocol,

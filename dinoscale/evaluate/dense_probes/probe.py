@@ -28,7 +28,6 @@ from dinoscale.evaluate.dense_probes.patch_maps import (
     Spread,
     choose_blocks,
 )
-from dinoscale.evaluate.feature_cache import weights_digest
 from dinoscale.evaluate.frozen_backbone import ExtractionOptions, LoadedBackbone, load_frozen
 
 FeaturesName = Literal["trained", "untrained", "colors"]
@@ -143,7 +142,7 @@ class Probe:
             seed = int(settings["seed"])
         as_then = ProbeOptions(**vars(options), precision=precision, seed=seed)
         probe = cls.open(weights_path, as_then, spread=spread)
-        kept.require_backbone(probe.loaded.backbone, probe.loaded.path)
+        probe.loaded.require_identity(kept.card["backbone"], kept.path)
         probe = replace(probe, blocks=blocks)
         if probe.features("trained").maps.width != kept.head.norm.num_features:
             raise CheckpointError(f"{kept.path} is damaged: it takes other features than it names")
@@ -203,19 +202,19 @@ class Probe:
         maps = features.maps
         head = LinearHead(maps.width, outputs, seed=self.seed).to(self.reading.device)
         shape = {"outputs": outputs, "width": maps.width, "patch": maps.patch}
+        backbone = None if features.backbone is None else self.loaded.identity(features.backbone)
         saved = state_beside(
             *(self.out, features.name),
-            backbone=features.backbone,
+            backbone=backbone,
             train=training.pairs,
             protocol={**protocol, "blocks": list(self.blocks), "made_for": {**card, **shape}},
             module=module,
         )
         training.train(head, maps, saved)
         if self.out is not None and features.name == "trained":
-            assert features.backbone is not None  # only pixels have none
             about = {
                 "weights": self.loaded.path,
-                "backbone": weights_digest(features.backbone),
+                "backbone": backbone,
                 "train": training.pairs.about,
                 "blocks": list(self.blocks),
                 "protocol": protocol,

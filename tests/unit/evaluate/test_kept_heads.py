@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,10 @@ DEPTH = DepthProtocol(
 Judge = Callable[..., dict[str, Any]]
 
 
-def _save_weights(path: Path, *, seed: int = 1, mean: float = 0.5) -> Path:
+def _save_weights(path: Path, *, seed: int = 1, mean: float = 0.5, num_heads: int = 1) -> Path:
     torch.manual_seed(seed)
-    card = BackboneCard(SHAPE, (mean,) * 3, (0.25,) * 3, resize=16, crop=16, source="test")
+    shape = replace(SHAPE, num_heads=num_heads)
+    card = BackboneCard(shape, (mean,) * 3, (0.25,) * 3, resize=16, crop=16, source="test")
     save_backbone(path, build_backbone(**vars(SHAPE)).state_dict(), card)
     return path
 
@@ -163,10 +165,10 @@ def test_only_its_own_weights_judge(
     weights, head, test = place / "w.safetensors", place / kind, _parts(place, kind)[1]
     head = head.with_suffix(".safetensors")
     others = _save_weights(tmp_path / "others.safetensors", seed=2)
-    prepared = _save_weights(tmp_path / "prepared.safetensors", mean=0.4)
+    prepared = _save_weights(tmp_path / "prepared.safetensors", mean=0.4, num_heads=2)
     for words, match in (
         ((others, head), "was trained on features of other weights than .*others"),
-        ((prepared, head), "was trained with another mean than the card"),
+        ((prepared, head), "was trained with another num_heads, mean than .*prepared"),
         ((weights, weights), "w.safetensors is no kept head: name a file that `evaluate"),
         ((weights, tmp_path / "missing"), "missing is no kept head"),
         ((weights, place / f"{other}.safetensors"), "was kept by `evaluate .*, not by"),

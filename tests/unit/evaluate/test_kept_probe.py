@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from dinoscale import cli
-from dinoscale.convert.weights_file import save_backbone
+from dinoscale.convert.weights_file import BackboneCard, save_backbone
 from dinoscale.errors import CheckpointError, DataError
 from dinoscale.evaluate.classification.answers import Details
 from dinoscale.evaluate.classification.finetune import Recipe, evaluate_finetune
-from dinoscale.evaluate.classification.kept_probe import evaluate_probe
+from dinoscale.evaluate.classification.kept_probe import evaluate_probe, load_probe
 from dinoscale.evaluate.classification.linear import evaluate_linear
 from dinoscale.evaluate.classification.linear_protocols import DinoProtocol, GridProtocol
 from dinoscale.evaluate.classification.logistic import evaluate_logistic
@@ -77,6 +80,34 @@ def test_only_the_classes_of_the_set_compete(colors: Colors, tmp_path: Path) -> 
     Path(other, "green").rename(Path(other, "violet"))
     with pytest.raises(DataError, match="no images of: 'violet'; train has 'blue', 'green', 'red'"):
         evaluate_probe(weights, probe, other, options=OPTIONS)
+
+
+def test_only_the_network_and_preparation_of_the_training_are_judged(
+    colors: Colors, tmp_path: Path
+) -> None:
+    _, probe, _ = _keep("logistic", colors, tmp_path / "kept.safetensors")
+    with safe_open(colors.weights, framework="pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def judge(card: BackboneCard) -> dict[str, Any]:
+        save_backbone(tmp_path / "same.safetensors", state, card)
+        return evaluate_probe(tmp_path / "same.safetensors", probe, colors.test, options=OPTIONS)
+
+    stated = replace(SHAPE, name="vit_small_patch16_224", norm_eps=1e-6)  # what names imply
+    assert judge(replace(CARD, backbone=stated))["score"] == judge(CARD)["score"]
+    for changed, named in (
+        ({"backbone": replace(SHAPE, num_heads=2)}, "num_heads"),
+        ({"backbone": replace(SHAPE, norm_eps=1e-5)}, "norm_eps"),
+        ({"mean": (0.0, 0.9, 0.2), "std": (1.0, 0.1, 0.5)}, "mean, std"),
+        ({"max_pixel_value": 255.0}, "max_pixel_value"),
+    ):
+        with pytest.raises(CheckpointError, match=f"trained with another {named} than .*same"):
+            judge(replace(CARD, **changed))
+    kept = load_probe(probe)
+    older = replace(kept.card, backbone=kept.card.backbone["weights"])  # type: ignore[index]  # JSON
+    save_file({"weight": kept.weight, "bias": kept.bias}, probe, older.metadata())
+    with pytest.raises(CheckpointError, match=r"by an older version, and does not say the .*mean"):
+        judge(CARD)
 
 
 def test_other_weights_and_other_files_are_refused(colors: Colors, tmp_path: Path) -> None:
