@@ -27,7 +27,12 @@ from dinoscale.data.sources.source import Source
 from dinoscale.data.transfer import to_device
 from dinoscale.errors import ConfigError, DataError, NonFiniteError, RunFailedError
 from dinoscale.evaluate.across_ranks import over_ranks
-from dinoscale.evaluate.feature_cache import InFiles, Preparation, features_key, through_cache
+from dinoscale.evaluate.feature_cache import (
+    InFiles,
+    Preparation,
+    features_key,
+    through_cache,
+)
 from dinoscale.evaluate.progress import bar_options
 from dinoscale.runtime import distributed
 from dinoscale.runtime.float32 import exact_float32
@@ -186,24 +191,31 @@ def _cached_in_parts(images: _Images, key: Callable[[], str]) -> tuple[Tensor, T
     Batches are the same with and without parts, so where a part ends depends on the batch size: all
     that divide `PART`, as powers of two do, share their parts; with another, all are extracted.
     """
-    forward, num_images, parts = images.forward, len(images.source), []
+    forward, num_images = images.forward, len(images.source)
     part = max(1, PART // forward.batch_size) * forward.batch_size  # so that batches are whole
-    for first in range(0, num_images, part):
-        end = min(num_images, first + part)
-        own_key = key if part >= num_images else partial(_key_of_part, key, first, end)
-        extract = partial(
-            over_ranks, images, num_images=end, batch_size=forward.batch_size, first=first
+
+    def found(first: int, end: int) -> tuple[Tensor, Tensor]:
+        return through_cache(
+            key if part >= num_images else partial(_key_of_part, key, first, end),
+            partial(over_ranks, images, num_images=end, batch_size=forward.batch_size, first=first),
+            num_images=end - first,
+            device=forward.device,
         )
-        found = through_cache(own_key, extract, num_images=end - first, device=forward.device)
-        parts.append(found)
-    if len(parts) == 1:
-        return parts[0]
 
-    def joined() -> tuple[Tensor, Tensor]:
-        rows = [rows for rows, _ in parts if len(rows)] or [forward.empty()]
-        return torch.cat(rows), torch.cat([numbers for _, numbers in parts])
-
-    return distributed.together(joined)  # copies all rows, so it may run out of memory
+    if part >= num_images:
+        return found(0, num_images)
+    rows, filled, numbers = forward.empty(), 0, []
+    for first in range(0, num_images, part):
+        of_part, some = found(first, min(num_images, first + part))
+        numbers.append(some)
+        if not len(of_part):
+            continue
+        if not filled:  # at once: joining the parts would take twice the memory
+            shape = num_images, *of_part.shape[1:]
+            rows = distributed.together(partial(of_part.new_empty, shape))
+        rows[filled : filled + len(of_part)] = of_part
+        filled += len(of_part)
+    return rows[:filled], torch.cat(numbers)
 
 
 def _key_of_part(key: Callable[[], str], first: int, end: int) -> str:

@@ -258,6 +258,8 @@ def test_of_a_large_set_the_parts_that_are_done_are_kept(
         backbone = Counted()
         again, labels_again = _extract(images, backbone, batch_size=1)
         assert torch.equal(again, whole)
+        # Room for all four rows: joining the parts would take twice their memory.
+        assert again.untyped_storage().nbytes() == 4 * 3 * 4
         assert labels_again.tolist() == labels.tolist() == [0, 1, 1]
         assert backbone.calls == calls
     _extract(images, Counted(), batch_size=3)  # a part has a whole batch at least
