@@ -10,6 +10,7 @@ programs cannot set it. So the features of a copied set are extracted again, tho
 folder was moved are not, and a changed picture is never missed.
 
 `DINOSCALE_CACHE_GB` limits the size of all features: the least recently used are deleted first.
+A set that is larger is not cached: each of its parts would delete those that are read before it.
 """
 
 from __future__ import annotations
@@ -64,6 +65,19 @@ class Preparation:
     crop: int  # side, pixels
     mean: tuple[float, ...]  # of each channel in 0..1
     std: tuple[float, ...]
+
+
+@dataclass
+class CachedSet:
+    """A set whose features are cached in parts: all of them or, if these are too many, none.
+
+    Attributes:
+        num_images: of all parts.
+        too_large: for the cache, as a part has shown.
+    """
+
+    num_images: int
+    too_large: bool = False
 
 
 def features_key(
@@ -128,6 +142,7 @@ def through_cache(
     *,
     num_images: int,
     device: torch.device,
+    part_of: CachedSet | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Read features from the cache, else extract and cache them; all ranks call it.
 
@@ -138,6 +153,7 @@ def through_cache(
         extract: returns features (N, D) and the indices of their images (N,), on every rank.
         num_images: of the set, to count those that were left out.
         device: of the result.
+        part_of: the whole set, where these images are only a part of it.
 
     Returns:
         What `extract` returns, or returned when it was cached.
@@ -152,7 +168,8 @@ def through_cache(
     if distributed.broadcast_object(cached is None):
         features, numbers = extract()
         if is_rank_0:
-            _write(name, features, numbers, most_bytes=most_bytes)
+            whole = part_of or CachedSet(num_images)
+            _write(name, features, numbers, whole, most_bytes=most_bytes)
         return features, numbers
     features, numbers = cached or (torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64))
     gather = distributed.gather_rows
@@ -195,16 +212,22 @@ def _most_bytes() -> float:
     return gigabytes * 1e9
 
 
-def _write(key: str, features: Tensor, numbers: Tensor, *, most_bytes: float) -> None:
+def _write(
+    key: str, features: Tensor, numbers: Tensor, of: CachedSet, *, most_bytes: float
+) -> None:
     """Write features into the cache, whole or not at all; a failure is only a warning."""
+    if of.too_large:
+        return
     beside = None
     try:
         path = _path_of(key)
         size = features.nbytes + numbers.nbytes
-        fits = size <= most_bytes
-        keep_recent(path, most_bytes=most_bytes - size * fits)
-        if not fits:
-            log.warning("%.1f GB of features are not cached: above DINOSCALE_CACHE_GB", size / 1e9)
+        of_all = size / max(1, len(numbers)) * of.num_images
+        of.too_large = of_all > most_bytes
+        keep_recent(path, most_bytes=most_bytes if of.too_large else most_bytes - size)
+        if of.too_large:
+            gb = of_all / 1e9
+            log.warning("%.1f GB of features are not cached: above DINOSCALE_CACHE_GB", gb)
             return
         beside = f"{path}.{uuid.uuid4().hex}.partial"
         tensors = {"features": features.cpu().contiguous(), "numbers": numbers.cpu().contiguous()}

@@ -28,6 +28,7 @@ from dinoscale.data.transfer import to_device
 from dinoscale.errors import ConfigError, DataError, NonFiniteError, RunFailedError
 from dinoscale.evaluate.across_ranks import over_ranks
 from dinoscale.evaluate.feature_cache import (
+    CachedSet,
     InFiles,
     Preparation,
     features_key,
@@ -191,27 +192,28 @@ def _cached_in_parts(images: _Images, key: Callable[[], str]) -> tuple[Tensor, T
     Batches are the same with and without parts, so where a part ends depends on the batch size: all
     that divide `PART`, as powers of two do, share their parts; with another, all are extracted.
     """
-    forward, num_images = images.forward, len(images.source)
+    forward, whole = images.forward, CachedSet(len(images.source))
     part = max(1, PART // forward.batch_size) * forward.batch_size  # so that batches are whole
 
     def found(first: int, end: int) -> tuple[Tensor, Tensor]:
         return through_cache(
-            key if part >= num_images else partial(_key_of_part, key, first, end),
+            key if part >= whole.num_images else partial(_key_of_part, key, first, end),
             partial(over_ranks, images, num_images=end, batch_size=forward.batch_size, first=first),
             num_images=end - first,
             device=forward.device,
+            part_of=whole,
         )
 
-    if part >= num_images:
-        return found(0, num_images)
+    if part >= whole.num_images:
+        return found(0, whole.num_images)
     rows, filled, numbers = forward.empty(), 0, []
-    for first in range(0, num_images, part):
-        of_part, some = found(first, min(num_images, first + part))
+    for first in range(0, whole.num_images, part):
+        of_part, some = found(first, min(whole.num_images, first + part))
         numbers.append(some)
         if not len(of_part):
             continue
         if not filled:  # at once: joining the parts would take twice the memory
-            shape = num_images, *of_part.shape[1:]
+            shape = whole.num_images, *of_part.shape[1:]
             rows = distributed.together(partial(of_part.new_empty, shape))
         rows[filled : filled + len(of_part)] = of_part
         filled += len(of_part)

@@ -18,7 +18,7 @@ from dinoscale.data.augmentation.labelled_crops import labelled_crops
 from dinoscale.data.decoding.decode import BadSampleError, Picture
 from dinoscale.data.sources.folder import FolderSource
 from dinoscale.errors import ConfigError, UnavailableError
-from dinoscale.evaluate import feature_cache, features
+from dinoscale.evaluate import features
 from dinoscale.evaluate.features import extract_features, pixel_features
 
 
@@ -266,15 +266,23 @@ def test_of_a_large_set_the_parts_that_are_done_are_kept(
     assert len(_kept(images)) == 4
 
 
+@pytest.mark.parametrize("part", [2, 4])  # images
 def test_features_too_large_for_the_cache_remove_no_others(
-    images: Path, monkeypatch: pytest.MonkeyPatch
+    part: int, images: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    class Wide(Counted):
+        def forward(self, crops: list[Tensor]) -> Tensor:
+            return super().forward(crops).repeat(1, 400)
+
     _extract(images, Counted(), output_key="a")
-    (kept,) = _kept(images)
-    monkeypatch.setenv("DINOSCALE_CACHE_GB", str(kept.stat().st_size / 1e9))
-    features = torch.zeros(kept.stat().st_size, 1)
-    feature_cache._write("b", features, torch.zeros(1), most_bytes=kept.stat().st_size)
-    assert _kept(images) == [kept]
+    kept = _kept(images)
+    monkeypatch.setattr(features, "PART", part)
+    monkeypatch.setenv("DINOSCALE_CACHE_GB", "15e-6")  # the four rows take 19 kB
+    backbone = Wide()
+    assert _extract(images, backbone, batch_size=1)[0].shape == (4, 1200)
+    assert backbone.calls == 4
+    assert _kept(images) == kept
+    assert caplog.text.count("are not cached") == 1
 
 
 def test_a_full_disk_stops_the_cache_but_not_the_measurement(
