@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -19,6 +19,7 @@ from dinoscale.convert.card import BackboneCard
 from dinoscale.data.augmentation.color_jitter import finish_crops
 from dinoscale.data.augmentation.labelled_crops import labelled_crops
 from dinoscale.data.augmentation.multi_crop import Interpolation
+from dinoscale.data.sources.classes import classes_of
 from dinoscale.data.sources.source import Source
 from dinoscale.data.transfer import to_device
 from dinoscale.errors import DataError
@@ -70,16 +71,23 @@ class ClassifierInputs:
 
     @cached_property
     def files(self) -> dict[str, object]:
-        """Fingerprints of the files of `train` and `test`; of synthetic images their spec.
+        """Fingerprints of the files of `train` and `test`, and of the classes of their images.
+
+        Of synthetic images their spec. Which number is which class, files beside shards may say.
 
         Raises:
+            DataError: such a file can no longer be read.
             UnavailableError: the file system of a set failed for a minute.
         """
+        files: dict[str, object] = {}
+        classes = []
         sets = zip(("train", "test"), self.specs, (self.train, self.test), strict=True)
-        return {
-            name: files_fingerprint("", source.files()) if isinstance(source, InFiles) else spec
-            for name, spec, source in sets
-        }
+        for name, spec, source in sets:
+            classes.append(asdict(classes_of(source, check_labels(source, name=name))))
+            files[name] = spec
+            if isinstance(source, InFiles):
+                files[name] = files_fingerprint("", source.files())
+        return {**files, "classes": digest_of([*classes, self.renumber.tolist()])}
 
     def training(self, protocol: Mapping[str, object]) -> dict[str, object]:
         """What a classifier was made from besides the backbone, for its card.

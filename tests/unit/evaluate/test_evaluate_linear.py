@@ -29,6 +29,7 @@ from dinoscale.evaluate.classification.linear import evaluate_linear
 from dinoscale.evaluate.classification.linear_heads import LinearHeads, TokenFeatures
 from dinoscale.evaluate.classification.linear_protocols import DinoProtocol, GridProtocol
 from dinoscale.evaluate.frozen_backbone import ExtractionOptions
+from dinoscale.runtime.fingerprint import differences
 from tests.unit.evaluate.conftest import Colors
 
 GRID = GridProtocol(iterations=20, batch_size=16, eval_every=15)
@@ -269,6 +270,18 @@ def test_a_class_number_that_the_train_set_lacks_is_refused(colors: Colors, tmp_
     train, test = _shard(tmp_path / "a.tar", (0, 1, 4)), _shard(tmp_path / "b.tar", (1, 2, 3))
     with pytest.raises(DataError, match="has no images of: number 2, number 3"):
         _run(colors, train=train, test=test)
+
+
+def test_a_training_is_another_where_its_classes_are(colors: Colors, tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    shards = [_shard(path, (0, 1)) for path in (tmp_path / "train" / "a.tar", tmp_path / "b.tar")]
+    found = []
+    for of_train, of_test in (("ab", "ab"), ("ab", "ab"), ("ab", "ba"), ("ca", "ca")):
+        for folder, (first, second) in (("train", of_train), ("", of_test)):
+            (tmp_path / folder / "classes.txt").write_text(f"0\t{first}\n1\t{second}\n")
+        found.append(open_inputs(colors.weights, *shards, OPTIONS).files)
+    changed = [differences(found[0], other) for other in found[1:]]
+    assert changed == [[], ["classes"], ["classes"]]
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,11 @@ def test_inputs_count_by_pattern_or_list_and_outputs_do_not(
         assert measured_on.changed_input(before, now(*options)) == []
         shards[0].write_bytes(shards[0].read_bytes() + b"1")
         assert "sizes" in measured_on.changed_input(before, now(*options))[0]
+    for options in (line[:1], ("--test", str(shards[1]))):
+        before = now(*options)
+        (tmp_path / "classes.txt").write_text("0\tcat\n")
+        assert "names" in measured_on.changed_input(before, now(*options))[0]
+        (tmp_path / "classes.txt").unlink()
     listed = tmp_path / "test.txt"
     listed.write_text("0.tar\n")
     before = now(f"--test={listed}")
