@@ -28,6 +28,7 @@ from dinoscale.config.sections.lora import LoraConfig
 from dinoscale.convert.card import BackboneCard
 from dinoscale.convert.coverage import Coverage, coverage_of
 from dinoscale.convert.fitted_heads import fitted_head, fitted_teacher_heads
+from dinoscale.convert.formats.convnets import BATCH_COUNT
 from dinoscale.convert.formats.dinov3 import without_masked_bias
 from dinoscale.convert.formats.special_tokens import slot_added, slot_removed
 from dinoscale.convert.source import read_source
@@ -193,14 +194,16 @@ def identity_of(
 def _of_features(weights: Weights) -> dict[str, Tensor]:
     """The tensors that features are computed from, float32, as every format that holds them has.
 
-    Formats differ in what does not act: a mask token, a norm of local crops, layer scales of ones
-    and a masked bias of keys; and some add the class token's position to the class token.
+    Formats differ in what does not act: a mask token, a norm of local crops, layer scales of ones,
+    a masked bias of keys and the count of a batch norm's batches; and some add the class token's
+    position to the class token.
     """
     state = {
         name: value.detach().float()
         for name, value in without_masked_bias(weights).backbone.items()
         if name != "mask_token"
         and not name.startswith("local_norm.")
+        and not name.endswith(f".{BATCH_COUNT}")
         and not _scales_by_one(name, weights.backbone)
     }
     positions = state.get("pos_embed")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dinoscale.convert.card import BackboneCard, Preprocessing
 from dinoscale.convert.coverage import Coverage, coverage_of, listed
+from dinoscale.convert.formats.convnets import BATCH_COUNT
 from dinoscale.convert.weights import Adapted, Weights
 from dinoscale.convert.weights_file import build, build_head
 from dinoscale.errors import ConversionError
@@ -34,7 +35,6 @@ MIN_COSINE_ROUNDED = 0.99
 
 LOCAL_CROP = 96 / 224  # ratio of the second size to the first: that of local to global crops
 _SEED = 0
-_ONLY_IN_TRAINING = "num_batches_tracked"  # of a batch norm; graphs for inference lack it
 
 # "cls" (N, D); of a ViT "patches" (N, P, D); with a projection head "logits" (N, K), and with one
 # of the patch tokens "patch_logits" (N P, K)
@@ -259,7 +259,7 @@ def _expected(reopened: Reopened, weights: Weights) -> dict[str, Tensor]:
     return {
         name: tensor
         for name, tensor in under_our_names(weights).items()
-        if name in reopened.state or not name.endswith(_ONLY_IN_TRAINING)
+        if name in reopened.state or not name.endswith(BATCH_COUNT)  # graphs lack it
     }
 
 

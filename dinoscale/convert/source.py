@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dinoscale.convert.card import parse_card
-from dinoscale.convert.formats.convnets import from_convnext, is_convnext
+from dinoscale.convert.formats.convnets import from_convnext, is_convnext, with_batch_counts
 from dinoscale.convert.formats.dinov3 import dinov3_card, dinov3_shape, from_dinov3, is_dinov3
 from dinoscale.convert.formats.hf_convnext import is_hf_convnext, read_hf_convnext
 from dinoscale.convert.formats.hf_dinov3 import is_hf_dinov3, read_hf_dinov3
@@ -115,6 +115,7 @@ def _as_written(content: Content, *, network: Network, num_heads: int | None) ->
         parts = split(from_dinov3(state) if as_authors else from_timm_dinov3(state))
     else:
         parts = split(state)
+        parts = replace(parts, backbone=with_batch_counts(parts.backbone))
     heads: dict[str, Any] = {"head": parts.head, "patch_head": parts.patch_head}
     if content.card is not None:
         if parts.left_out:

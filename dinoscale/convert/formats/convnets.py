@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from dinoscale.config.sections.convnets import CONVNETS, ConvNetSize
@@ -31,6 +32,7 @@ _OTHER_NETWORKS = (  # tensors that they alone have, and what they are
     (re.compile(r"stem\.2\.weight"), "a ConvNeXt whose patches overlap, as convnext_atto_ols"),
 )
 _OF_OTHER_STAGES = "norms."  # in checkpoints of DINOv3
+BATCH_COUNT = "num_batches_tracked"  # of a batch norm, which no feature depends on
 
 
 def is_convnext(state: Mapping[str, Tensor]) -> bool:
@@ -55,6 +57,13 @@ def from_convnext(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[
             name = old.sub(new, name)
         ours[name.replace("head.norm.", "norm.")] = tensor
     return ours, outside
+
+
+def with_batch_counts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, and a count of 0 for each batch norm without one, as in torchvision's files."""
+    norms = [name for name in state if name.endswith(".running_mean")]
+    counts = {name.replace("running_mean", BATCH_COUNT): torch.tensor(0) for name in norms}
+    return counts | dict(state)
 
 
 def convnet_name(state: Mapping[str, Tensor]) -> str | None:

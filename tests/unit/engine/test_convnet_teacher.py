@@ -133,6 +133,24 @@ def test_names_of_its_authors_and_of_timm_are_the_same_teacher(tmp_path: Path) -
         read_source(tmp_path / "timm.pth")
 
 
+def test_a_resnet_that_has_counted_no_batches_is_the_same_teacher(tmp_path: Path) -> None:
+    state = _timms("resnet18").state_dict()
+    first = {name: value for name, value in state.items() if "num_batches" not in name}
+    given = []
+    for name, tensors in (("timm", state), ("torchvision", first)):
+        state["bn1.num_batches_tracked"].fill_(7)
+        torch.save(tensors, tmp_path / f"{name}.pth")
+        given.append(read_frozen_teacher(_config(tmp_path / f"{name}.pth", "resnet18")))
+    counted, plain = given
+    assert counted is not None
+    assert plain is not None
+    assert plain.identity == counted.identity
+    assert plain.backbone.keys() == counted.backbone.keys()
+    assert all(
+        torch.equal(value, first[name]) for name, value in plain.backbone.items() if name in first
+    )
+
+
 def test_another_network_than_the_settings_say_is_refused(tmp_path: Path) -> None:
     torch.save(_timms(ATTO).state_dict(), tmp_path / "w.pth")
     config = _config(tmp_path / "w.pth", "convnext_femto.d1_in1k")
