@@ -14,6 +14,7 @@ from dinoscale.evaluate.any_size import (
     FittedImage,
     FittedImages,
     WholeImages,
+    image_mode,
     load_whole_images,
 )
 from dinoscale.evaluate.frozen_backbone import LoadOptions
@@ -43,7 +44,8 @@ def load_side_by_side(
 
     Raises:
         CheckpointError: weights cannot be used.
-        ConfigError: as of `load_whole_images`, weights are given twice, or are too many.
+        ConfigError: as of `load_whole_images`, weights are given twice, are too many, or take
+            images of channels that cannot be drawn.
     """
     names = [str(path) for path in weights]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -51,7 +53,10 @@ def load_side_by_side(
         raise ConfigError(f"also: {twice} is given twice. Name each of the weights once.")
     if len(names) > MAX_WEIGHTS:
         raise ConfigError(f"also: at most {MAX_WEIGHTS} weights side by side, got {len(names)}")
-    return [load_whole_images(name, options, size=size, square=square) for name in names]
+    networks = [load_whole_images(name, options, size=size, square=square) for name in names]
+    for network in networks:
+        image_mode(channels=network.card.backbone.in_chans)
+    return networks
 
 
 def titles_of(networks: Sequence[WholeImages]) -> list[str]:

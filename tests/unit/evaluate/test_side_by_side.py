@@ -36,10 +36,13 @@ OPTIONS = LoadOptions(device="cpu", progress=False)
 SIDE = 32
 
 
-def save_weights(path: Path, *, seed: int, patch: int = 8, embed_dim: int = 64) -> Path:
-    shape = replace(SHAPE, patch_size=patch, embed_dim=embed_dim)
+def save_weights(
+    path: Path, *, seed: int, patch: int = 8, embed_dim: int = 64, channels: int = 3
+) -> Path:
+    shape = replace(SHAPE, patch_size=patch, embed_dim=embed_dim, in_chans=channels)
     torch.manual_seed(seed)
-    save_backbone(path, build_backbone(**vars(shape)).state_dict(), replace(CARD, backbone=shape))
+    card = replace(CARD, backbone=shape, mean=(0.5,) * channels, std=(0.2,) * channels)
+    save_backbone(path, build_backbone(**vars(shape)).state_dict(), card)
     return path
 
 
@@ -463,7 +466,7 @@ def test_a_video_of_damaged_frames_is_left_out(
         animate(weights[0], str(tmp_path / "in" / "b"), tmp_path / "none", **how)
 
 
-def test_what_is_no_video_is_refused(tmp_path: Path, weights: list[Path]) -> None:
+def test_what_is_no_video_is_refused(tmp_path: Path, weights: list[Path], video: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no videos"):
         _animate(weights, tmp_path / "empty", tmp_path / "out")
@@ -474,6 +477,9 @@ def test_what_is_no_video_is_refused(tmp_path: Path, weights: list[Path]) -> Non
         _animate(weights, tmp_path, tmp_path / "out", fps=0)
     with pytest.raises(ConfigError, match=r"a\.safetensors is given twice"):
         _animate([weights[0], weights[0]], tmp_path, tmp_path / "out")
+    four = save_weights(tmp_path / "four.safetensors", seed=1, channels=4)
+    with pytest.raises(ConfigError, match="pictures of 1 or 3 channels, not 4"):
+        _animate([weights[0], four], video, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     nothing = str(tmp_path / "nothing")
     for more, says in (
