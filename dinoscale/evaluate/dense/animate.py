@@ -292,7 +292,8 @@ class _Videos:
     def _files(self, places: Sequence[Place], out: Path, ending: str) -> dict[int, Path]:
         """A file for each video of which there are frames."""
         names, used = NamedFolders(out), {number for number, _ in places}
-        files = [out / f"{names.name(clip.name)}-{ending}" for clip in self.clips]
+        # `names` cuts an extension off, and the dots of a video's name begin none.
+        files = [out / f"{names.name(f'{clip.name}.webp')}-{ending}" for clip in self.clips]
         return {number: file for number, file in enumerate(files) if number in used}
 
 
