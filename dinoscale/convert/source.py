@@ -14,7 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from dinoscale.convert.card import parse_card
-from dinoscale.convert.formats.convnets import from_convnext, is_convnext, with_batch_counts
+from dinoscale.convert.formats.convnets import (
+    from_convnext,
+    is_convnext,
+    warn_of_same_tensors,
+    with_batch_counts,
+)
 from dinoscale.convert.formats.dinov3 import dinov3_card, dinov3_shape, from_dinov3, is_dinov3
 from dinoscale.convert.formats.hf_convnext import is_hf_convnext, read_hf_convnext
 from dinoscale.convert.formats.hf_dinov3 import is_hf_dinov3, read_hf_dinov3
@@ -132,5 +137,7 @@ def _as_written(content: Content, *, network: Network, num_heads: int | None) ->
     full = content.checkpoint
     args = full.get("args") if isinstance(full, Mapping) else None
     shape = guess_shape(parts.backbone, args=args, num_heads=num_heads)
+    if args is None:  # else the reference's program wrote it
+        warn_of_same_tensors(shape.name)
     card = reference_card(shape, source=content.name)
     return Weights(parts.backbone, card=card, kind="reference", **rest)

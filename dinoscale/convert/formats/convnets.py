@@ -7,6 +7,7 @@ has stored, are no part of the network.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from dinoscale.config.sections.convnets import CONVNETS, ConvNetSize
 from dinoscale.errors import CheckpointError
+
+log = logging.getLogger(__name__)
 
 _STAGES = 4
 _RENAMED = (  # of the authors
@@ -103,6 +106,16 @@ def convnet_name(state: Mapping[str, Tensor]) -> str | None:
         f"is a {what} of {depths} blocks and {widths} channels, which dinoscale does not build;"
         f" {_built(family)}"
     )
+
+
+def warn_of_same_tensors(name: str) -> None:
+    """Say what no tensor of a ResNet shows: how its layers of stride 2 sample."""
+    if name.startswith("resnet"):
+        log.warning(
+            "weights of a ResNet do not store its kind: assuming a plain %s; features are wrong if"
+            " its strides are anti-aliased, as in timm's resnetaa50 and resnetblur50",
+            name,
+        )
 
 
 def _built(family: str) -> str:

@@ -52,6 +52,25 @@ def test_networks_of_other_families_are_named_beside_those_that_are_built(name: 
         convnet_name(_shapes_in_timm(name))
 
 
+def test_a_resnet_that_nothing_names_is_said_to_be_taken_as_a_plain_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    blocks = {
+        f"layer{stage + 1}.{block}.conv{conv}.weight": torch.zeros(64 * 2**stage, 1, 1, 1)
+        for stage in range(4)
+        for block in range(2)
+        for conv in (1, 2)
+    }
+    torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7), **blocks}, tmp_path / "pytorch_model.bin")
+    assert read_source(tmp_path / "pytorch_model.bin").card.backbone.name == "resnet18"
+    (said,) = caplog.messages
+    assert "assuming a plain resnet18; features are wrong if its strides are anti-al" in said
+    caplog.clear()
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnetblur18"}))
+    assert read_source(tmp_path).card.backbone.name == "resnetblur18"
+    assert not caplog.messages
+
+
 def test_transformers_own_folders_of_dinov3s_convnexts_are_read(tmp_path: Path) -> None:
     ensure_torchvision()
     import transformers
