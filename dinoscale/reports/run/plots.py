@@ -183,9 +183,11 @@ def _plot_specs(record: Record) -> list[_PlotSpec]:
 
 
 def _rankme(record: Record) -> str:
-    """The caption of RankMe, with the number of images, which limits it where a run gives it."""
-    images = record.series["rank_images"].last
-    of = f" on {images.value:.0f} images, which is the most it can be" if images else ""
+    """The caption of RankMe, with the number of images, which limits it if all values have one."""
+    images, known = record.series["rank_images"], record.series["rankme"].count
+    of = ""
+    if images.last and images.count == known:  # none of k-NN's, which is of other images
+        of = f" on {images.last.value:.0f} images, which is the most it can be"
     return f"RankMe of the teacher's features{of}, directions"
 
 

@@ -71,14 +71,14 @@ def test_images_are_those_that_evaluate_rank_chooses(
 
 
 def test_the_plot_says_of_how_many_images_the_rank_is(tmp_path: Path) -> None:
-    for name, images in (("run", {"rank_images": 512}), ("older", {})):
-        line = {"step": 0, "rankme": 3.0, **images}
+    own, of_knn = {"step": 0, "rankme": 3.0, "rank_images": 512}, {"step": 4, "rankme": 700.0}
+    for name, lines in (("run", [own]), ("older", [of_knn]), ("since", [own, of_knn])):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
         record = read_record(tmp_path / name)
         ((drawn, plot),) = draw_run(record, find_state(record, now=0.0))
         assert drawn == "rankme"
-        assert ("on 512 images, which is the most" in plot.caption) == bool(images)
+        assert ("on 512 images, which is the most" in plot.caption) == (name == "run")
 
 
 @pytest.mark.parametrize(
