@@ -248,8 +248,9 @@ grid of the teacher's is resized bilinearly to the student's, with antialias to 
 and `patch_feature_loss`.
 
 Convolutional teachers are `resnet18` to `resnet152`, and `convnext_atto` to `convnext_xlarge`, of
-which DINOv3 has tiny, small, base and large: `model: {backbone: convnext_tiny}`. Files of timm and
-torchvision are read, and those of ConvNeXt's and DINOv3's authors. Class features are what timm's
+which DINOv3 has tiny, small, base and large: `model: {backbone: convnext_tiny}`. Read are files of
+timm, of torchvision's ResNets and of ConvNeXt's and DINOv3's authors, and folders of transformers'
+`DINOv3ConvNextModel`, as they lie on Hugging Face's hub. Class features are what timm's
 `forward_head(..., pre_logits=True)` returns, patch features the last map, one place for 32 x 32
 pixels, of a ConvNeXt through its final norm, as DINOv3 has it. Global crops are then whole such
 places, but for class features of a ResNet. Batch norm takes the statistics that it has tracked.

@@ -1,4 +1,4 @@
-"""Read checkpoints of ResNets and ConvNeXts, under the names of torchvision, timm or the authors.
+"""Read ResNets under the names of torchvision and timm, ConvNeXts under timm's or their authors'.
 
 A ConvNeXt of its authors, and DINOv3's, which have the same names, is renamed as timm renames it
 (`timm.models.convnext.checkpoint_filter_fn`); norms of other stages, which DINOv3's distillation
