@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dinoscale.config.resolve import RunPlan
 from dinoscale.config.schema import RunConfig
@@ -361,8 +361,12 @@ class Teacher:
         return seen.tokens
 
     def plain_network(self) -> DinoNetwork:
-        """The teacher as an ordinary network in the compute dtype, for evaluation; collective."""
-        return self._weights.plain_network()
+        """The teacher as an ordinary network in the compute dtype; collective."""
+        return self._weights.plain(lambda network: network)
+
+    def plain_backbone(self) -> nn.Module:
+        """Its backbone alone, likewise, for evaluation; errors as of `Partitioned.plain`."""
+        return self._weights.plain(lambda network: network.backbone)
 
     def buffers(self) -> dict[str, Tensor]:
         """Buffers of the network (batch norm statistics); empty for a ViT."""

@@ -50,7 +50,7 @@ def measure_parts(config: RunConfig, options: argparse.Namespace) -> dict[str, A
     """
     setting = Setting.of(config)
     step, batch = Ours(setting), setting.batch
-    backbones = step.student.network.backbone, step.teacher.plain_network().backbone
+    backbones = step.student.network.backbone, step.teacher.plain_backbone()
     rope, with_gram = backbones[0].rope, setting.now.with_gram()
     without_gram = replace(with_gram, gram_weight=0.0)
 

@@ -4,6 +4,7 @@ import signal
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -276,8 +277,20 @@ def diverge_from_the_other_rank(failing: int) -> str:
     return ""
 
 
-def knn_that_fails(failing: int) -> tuple[bool, int]:
-    """On every rank: one runs out of memory in k-NN, one was asked to stop; whether all stop."""
+class NoCopy(torch.nn.Module):
+    """A network for whose copy there is no memory."""
+
+    def __deepcopy__(self, _memo: object) -> "NoCopy":
+        raise torch.OutOfMemoryError("no room for it")
+
+
+def knn_that_fails(failing: int) -> tuple[bool, list[str]]:
+    """On every rank: one runs out of memory in k-NN, one was asked to stop; whether all stop.
+
+    Then the backbone of stage 3 does not fit, either; and what is said of both.
+    """
+    from dinoscale.engine.frozen.weights import Partitioned
+    from dinoscale.engine.teacher import Teacher
     from dinoscale.errors import PreemptedError
     from dinoscale.runtime import distributed
     from dinoscale.training.hooks.measuring import Measuring
@@ -290,7 +303,13 @@ def knn_that_fails(failing: int) -> tuple[bool, int]:
     events, stop = MagicMock(), MagicMock(asked=not amiss)
     measuring = Measuring(Process(1, 2, 1, 2), MagicMock(), stop, events)
     assert measuring.attempt("k-NN", measure, MagicMock(), 7) is None
-    return measuring.asked_to_stop, events.write.call_count
+    weights: Any = Partitioned.__new__(Partitioned)
+    backbone = NoCopy() if amiss else torch.nn.Linear(2, 2)
+    weights._skeleton = weights.network = SimpleNamespace(head=NoCopy(), backbone=backbone)
+    teacher: Any = Teacher.__new__(Teacher)
+    teacher._weights = weights
+    assert measuring.attempt("k-NN", measure, teacher, 8) is None
+    return measuring.asked_to_stop, [each.kwargs["reason"] for each in events.write.mock_calls]
 
 
 def fail_in_all_ways(failing: int) -> dict[str, Any]:
@@ -311,7 +330,10 @@ def test_error_on_one_rank_is_raised_on_all_and_a_save_repeated_by_all() -> None
     assert [told["gather"] for told in of_rank] == [f"RunFailedError: rank 1: {said}", said]
     elsewhere = "RunFailedError: ranks are out of step: rank 1 sent tuple"
     assert [told["elsewhere"] for told in of_rank] == [elsewhere, ""]
-    assert [told["knn"] for told in of_rank] == [(True, 1), (True, 1)]
+    assert [told["knn"] for told in of_rank] == [
+        (True, ["asked to stop", "rank 1: OutOfMemoryError: no room for it"]),
+        (True, ["rank 0: asked to stop", "no room for it"]),
+    ]
     begun = tuple(told["begun"] for told in of_rank)
     assert begun == (1, 1)
     assert first == [

@@ -50,7 +50,7 @@ def teacher_features(configs: list[dict[str, Any]]) -> list[Any]:
         student, teacher = build_pair(config, tiny_plan(config), start)
         drew = not torch.equal(state, torch.get_rng_state())
         with torch.no_grad():
-            features = teacher.plain_network().backbone([IMAGES])
+            features = teacher.plain_backbone()([IMAGES])
         same = all(torch.equal(a, b) for a, b in zip(student.master, teacher.ema, strict=True))
         trial, _ = build_pair(config, tiny_plan(config), values=False)
         zeros = not any(part.any() for part in trial.master)

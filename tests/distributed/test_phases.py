@@ -49,7 +49,7 @@ def begin_phases(folder: str) -> list[bool]:
         restore(open_other_run(config), *new, image_size=SIDE)
         _save(root / "after", config, *new)
         images = torch.linspace(-1, 1, 2 * 3 * SIDE**2).view(2, 3, SIDE, SIDE)
-        features = [teacher.plain_network().backbone([images]) for _, teacher in (pair, new)]
+        features = [teacher.plain_backbone()([images]) for _, teacher in (pair, new)]
         equal.append(torch.equal(*features))
         distributed.gather_objects(None)
     return equal

@@ -20,6 +20,7 @@ from dinoscale.models.sync_bn import cast_weights
 from dinoscale.runtime import distributed
 
 Network = TypeVar("Network", bound=nn.Module)
+Part = TypeVar("Part", bound=nn.Module)
 
 
 class Replicated(Generic[Network]):
@@ -86,10 +87,10 @@ class Replicated(Generic[Network]):
             finish()
         self._pending = []
 
-    def plain_network(self) -> Network:
-        """The network itself."""
+    def plain(self, part: Callable[[Network], Part]) -> Part:
+        """A part of the network itself."""
         self.wait()
-        return self.network
+        return part(self.network)
 
     def num_bytes(self) -> int:
         """Bytes of this rank's weights."""
@@ -153,15 +154,20 @@ class Partitioned(Generic[Network]):
         for parameter in self._parameters.values():
             parameter.ds_secondary_tensor = None
 
-    def plain_network(self) -> Network:
-        """A copy of all weights on every rank, freed when the caller drops it."""
-        plain = copy.deepcopy(self._skeleton).to_empty(device=compute_device())
+    def plain(self, part: Callable[[Network], Part]) -> Part:
+        """A copy of a part of the network, whole on every rank, freed when the caller drops it.
+
+        Raises:
+            RunFailedError: another rank has no memory for it; that one raises its own error.
+        """
+        empty, here = part(self._skeleton), part(self.network)
+        plain = distributed.together(lambda: copy.deepcopy(empty).to_empty(device=compute_device()))
         zero = import_deepspeed().zero
-        for name, buffer in plain.named_buffers():
-            buffer.copy_(self.buffers[name])
-        for name, parameter in plain.named_parameters():
-            with zero.GatheredParameters([self._parameters[name]]):
-                parameter.data.copy_(self._parameters[name].data)
+        for buffer, own in zip(plain.buffers(), here.buffers(), strict=True):
+            buffer.copy_(own)
+        for parameter, own in zip(plain.parameters(), here.parameters(), strict=True):
+            with zero.GatheredParameters([own]):
+                parameter.data.copy_(own.data)
         return plain
 
     def wait(self) -> None:

@@ -51,8 +51,8 @@ class Measuring:
             LostPeerError: another rank ended.
         """
         self._watchdog.progress(f"measuring {what} after step {done}")
-        backbone = teacher.plain_network().backbone
         try:
+            backbone = teacher.plain_backbone()
             return distributed.together(
                 partial(measure, backbone, self._process.device, self._on_batch)
             )

@@ -24,7 +24,7 @@ def test_weights_are_bf16_and_statistics_of_batch_norm_float32() -> None:
     network = DinoNetwork(backbone, head).requires_grad_(False)
     layout = end_to_end([list(network.named_parameters())], 1)
     teacher = Replicated(network, layout, torch.bfloat16)
-    plain = teacher.plain_network()
+    plain = teacher.plain(lambda whole: whole)
     assert {value.dtype for value in plain.parameters()} == {torch.bfloat16}
     statistics = {name: value for name, value in teacher.buffers.items() if "running" in name}
     assert statistics
