@@ -111,8 +111,8 @@ def _add_pca(tasks: SubCommands) -> None:
 
 
 def _add_mass(task: argparse.ArgumentParser) -> None:
-    says = "share of a head's attention that its mask keeps"
-    add_number(task, "--mass", says, default=0.6, kind=float, metavar="SHARE")
+    says = "share of a head's attention that its mask keeps, default 0.6"
+    add_number(task, "--mass", says, kind=float, metavar="SHARE")
 
 
 def _add_side_by_side(task: argparse.ArgumentParser) -> None:
@@ -129,7 +129,8 @@ def _add_side_by_side(task: argparse.ArgumentParser) -> None:
 
 
 def _evaluate_attention(options: argparse.Namespace) -> dict[str, Any]:
-    _check_side_by_side(options)
+    _check_fps(options)
+    _check_kind_of_result(options)
     if options.sheet:
         from dinoscale.evaluate.dense.attention import evaluate_attention
 
@@ -159,19 +160,34 @@ def _evaluate_attention(options: argparse.Namespace) -> dict[str, Any]:
         options.images,
         options.out,
         also=options.also,
-        mass=options.mass,
         limit=options.limit,
+        **_mass(options),
         **whole_images_options(options),
     )
 
 
-def _check_side_by_side(options: argparse.Namespace) -> None:
-    """Refuse options that another one makes meaningless, rather than ignore them."""
+def _check_fps(options: argparse.Namespace) -> None:
     if options.fps is not None and not options.video:
         raise ConfigError("--fps has a meaning with --video only. Add that, or leave it out.")
-    if getattr(options, "sheet", None) and (options.also or options.video):
-        option = "--video" if options.video else "--also"
-        raise ConfigError(f"{option} needs a folder: give --out DIR in place of OUT.png.")
+
+
+def _check_kind_of_result(options: argparse.Namespace) -> None:
+    """Refuse options that a sheet alone or a video makes meaningless, rather than ignore them."""
+    of_folder = {
+        "--video": options.video,
+        "--also": options.also != [],
+        "--mass": options.mass is not None,
+        "--limit": options.limit is not None,
+    }
+    given = [option for option, is_given in of_folder.items() if is_given]
+    if options.sheet and given:
+        raise ConfigError(f"{given[0]} needs a folder: give --out DIR in place of OUT.png.")
+    if options.video and "--mass" in given:
+        raise ConfigError("--mass has no meaning with --video, which draws no masks. Omit one.")
+
+
+def _mass(options: argparse.Namespace) -> dict[str, Any]:
+    return {} if options.mass is None else {"mass": options.mass}
 
 
 def _evaluate_segment(options: argparse.Namespace) -> dict[str, Any]:
@@ -182,14 +198,14 @@ def _evaluate_segment(options: argparse.Namespace) -> dict[str, Any]:
         options.images,
         masks=options.masks,
         indexed=options.indexed,
-        mass=options.mass,
         out=options.out,
+        **_mass(options),
         **whole_images_options(options),
     )
 
 
 def _evaluate_pca(options: argparse.Namespace) -> dict[str, Any]:
-    _check_side_by_side(options)
+    _check_fps(options)
     arguments = {
         "also": options.also,
         "foreground": options.foreground,

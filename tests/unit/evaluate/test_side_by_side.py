@@ -485,6 +485,9 @@ def test_what_is_no_video_is_refused(tmp_path: Path, weights: list[Path], video:
     for more, says in (
         (["--out", "x", "--fps", "3"], "--fps has a meaning with --video only"),
         (["x.png", "--also", str(weights[1])], "--also needs a folder"),
+        (["x.png", "--mass", "0.3"], "--mass needs a folder"),
+        (["x.png", "--limit", "0"], "--limit needs a folder"),
+        (["--out", "x", "--video", "--mass", "0.3"], "--mass has no meaning with --video"),
     ):
         with pytest.raises(ConfigError, match=says):
             cli.run(["evaluate", "attention", str(weights[0]), nothing, *more])
