@@ -191,11 +191,13 @@ targets are of: the numbers of its images, a CRC-32 of the decoded pixels of its
 what was drawn for them, and the chosen patches. So other contents of a file, another decoder, and
 an image that could be read only then or only now end the run with a sentence. A killed command goes
 on where it was when it is started again, and writes anew what the folder has lost; ranks share each
-step, and their number changes no byte as long as micro-batches stay as large. Images that cannot be
-read are replaced, and count against `data.max_bad_fraction`, as in training; `unreadable` in
-`manifest.json` lists them. Leave them as they are until all students are trained. A later phase may
-name targets, too, with `{run_dir}` as for a teacher; they have to be finished when the first one
-starts.
+step, and their number changes no byte as long as micro-batches stay as large. Damaged images are
+replaced, and count against `data.max_bad_fraction`, as in training; `unreadable` in `manifest.json`
+lists them. Leave them as they are until all students are trained: one that can be read when a
+student starts is refused, and named with the files to remove before the command is started again.
+An image that a failing file system withholds, and that may be intact, ends the command (exit code
+69). A later phase may name targets, too, with `{run_dir}` as for a teacher; they have to be
+finished when the first one starts.
 
 Bytes of an image in an epoch, and of ImageNet-1k's 1.28 M; what it takes is said before it begins,
 and a disk with less space is refused:

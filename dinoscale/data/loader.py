@@ -245,7 +245,10 @@ class _TrainCrops(Dataset[Batch | Failure]):
             except BadSampleError as error:
                 failed.append((candidate, error))
             else:
-                return [BadSample(e.path, e.reason, i, candidate, repeat) for i, e in failed]
+                return [
+                    BadSample(e.path, e.reason, i, candidate, repeat, e.unavailable)
+                    for i, e in failed
+                ]
         examples = "".join(f"\n  {error}" for _, error in failed[:3])
         kind = UnavailableError if all(error.unavailable for _, error in failed) else DataError
         raise kind(

@@ -259,7 +259,7 @@ def _build(
     if config.distill.targets is not None:
         watchdog.progress("opening the targets of the frozen teacher")
         of_run = _plan(config, process, source)
-        targets = open_targets(config, of_run, images, watchdog.heartbeat)
+        targets = open_targets(config, of_run, source, images, watchdog.heartbeat)
     frozen_from = frozen_teacher.read_same_teacher(config, checkpoint, targets, watchdog.heartbeat)
     if config.train.micro_batch_size == "auto":
         config = _find_micro_batch(config, process, stop, watchdog)

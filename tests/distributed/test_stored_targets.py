@@ -237,7 +237,7 @@ def _open(
     config = tiny_config(**run).model_copy(update={"seed": seed})
     source = open_images(config)
     plan = resolve(config, world_size=1, num_images=len(source))
-    folder = open_targets(config, plan, source.identity())
+    folder = open_targets(config, plan, source, source.identity())
     read_same_teacher(config, None if go_on is None else open_run(go_on), folder)
 
 
@@ -363,7 +363,7 @@ def _first(root: Path, folder: Path) -> Any:
     config = tiny_config(**_student(root, "unused", "first", targets=str(folder)))
     source = open_images(config)
     plan = resolve(config, world_size=1, num_images=len(source))
-    opened = open_targets(config, plan, source.identity())
+    opened = open_targets(config, plan, source, source.identity())
     assert opened is not None
     return TargetReader(opened, config, plan, read_process({}))
 
@@ -382,7 +382,7 @@ def _crops(root: Path, index: int) -> tuple[Any, torch.Tensor]:
     return next(feed.steps(0, offset=0))[index], masks.rows
 
 
-@pytest.mark.parametrize("kind", ["images", "crops", "pixels", "unreadable", "patches"])
+@pytest.mark.parametrize("kind", ["images", "crops", "pixels", "restored", "unreadable", "patches"])
 def test_each_micro_batch_is_compared_with_what_its_targets_are_of(root: Path, kind: str) -> None:
     reader = _first(root, root / "targets")
     batch, rows = _crops(root, 1)
@@ -397,16 +397,21 @@ def test_each_micro_batch_is_compared_with_what_its_targets_are_of(root: Path, k
         "crops": (replace(batch, params=params), rows),
         "pixels": (replace(batch, global_crops=pixels), rows),
         "unreadable": (replace(batch, global_crops=pixels, bad=bad), rows),
+        "restored": (replace(batch, global_crops=pixels), rows),
         "patches": (batch, rows + 1),
     }
+    listed = {"number": int(batch.sample_ids[0]), "path": "b.jpg", "error": "damaged"}
     of_crops = "the crops of step 0 are others"
     says = {
         "images": "the images of step 0 are others .* another version of dinoscale",
-        "crops": f"{of_crops} .* an image could not be read when they were stored, files of",
-        "pixels": f"{of_crops} .* other contents, or another version .* start again, or compute",
+        "crops": f"{of_crops} .* files of data.train have other contents, or another version",
+        "pixels": f"{of_crops} .* start again, or remove that folder and compute them with",
+        "restored": rf"{of_crops} .*: b.jpg could not .* \(damaged\), and can be read now; remove",
         "unreadable": rf"{of_crops} .*: a.jpg cannot be read now \(cut off\)",
         "patches": "the patches of step 0 are others",
     }
+    if kind == "restored":
+        reader._folder.manifest["shards"][0]["unreadable"].append(listed)
     with pytest.raises(DataError, match=rf"^distill.targets: {says[kind]}"):
         reader.of(0, 1, *others[kind])
 
@@ -449,7 +454,7 @@ def test_targets_of_mixed_sizes_and_larger_micro_batches_are_those_of_each_step(
     write_targets(live, process, tmp_path, shard_steps=SHARD_STEPS)
     source = open_images(config)
     plan = resolve(config, world_size=1, num_images=len(source))
-    opened = open_targets(config, plan, source.identity())
+    opened = open_targets(config, plan, source, source.identity())
     assert opened is not None
     reader = TargetReader(opened, config, plan, process)
     feed = Feed(config, plan, process, source, depth=2, targets=reader)

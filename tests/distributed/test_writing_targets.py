@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import resource
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ import torch
 from PIL import Image
 
 from dinoscale.config import RunConfig
+from dinoscale.config.resolve import resolve
 from dinoscale.engine.build import InitialWeights, shapes_only
-from dinoscale.errors import DataError, OutputError
+from dinoscale.errors import DataError, OutputError, UnavailableError
 from dinoscale.evaluate.embedding.folder import FeatureFolder
 from dinoscale.runtime.launcher_env import read_process
 from dinoscale.runtime.watchdog import Watchdog
+from dinoscale.training.feed import open_images
 from dinoscale.training.targets import write
+from dinoscale.training.targets.read import open_targets
 from tests.distributed.tiny_run import dinov2, tiny_config
 from tests.harness import RankFailedError, run_distributed
 
@@ -90,8 +94,17 @@ def pictures(tmp_path: Path) -> Path:
         color = (30 * number, 90, 200 - 20 * number)
         Image.new("RGB", (40, 40), color).save(folder / f"{number}.png")
     cut = folder / "3.png"
-    cut.write_bytes(cut.read_bytes()[:50])
+    cut.write_bytes(bytes(reversed(cut.read_bytes())))  # the same size, thus the same set
     return folder
+
+
+def _open(config: RunConfig, folder: Path) -> None:
+    """What the start of a student asks of its targets."""
+    distill = config.distill.model_copy(update={"teacher": None, "targets": str(folder)})
+    source = open_images(config)
+    plan = resolve(config, world_size=1, num_images=len(source))
+    student = config.model_copy(update={"distill": distill})
+    assert open_targets(student, plan, source, source.identity()) is not None
 
 
 def test_unreadable_images_are_listed_and_told_of(
@@ -106,6 +119,33 @@ def test_unreadable_images_are_listed_and_told_of(
     assert listed["times"] == sum(bad["times"] for bad in met) >= 1
     assert "1 unreadable images were replaced by others" in caplog.text
     assert f"{pictures}/3.png" in (tmp_path / "targets" / "bad_samples.jsonl").read_text()
+    _open(config, tmp_path / "targets")
+    repaired = pictures / "3.png"
+    repaired.write_bytes(bytes(reversed(repaired.read_bytes())))
+    says = r"^distill.targets: .*3.png could not be read .* can be read now; remove (\S*) .*start"
+    with pytest.raises(DataError, match=says) as refused:
+        _open(config, tmp_path / "targets")
+    named = re.match(says, str(refused.value))
+    assert named is not None
+    for file in tmp_path.glob(str(Path(named[1]).relative_to(tmp_path))):
+        file.unlink()
+    assert write_here(config)["unreadable"] == 0
+    _open(config, tmp_path / "targets")
+
+
+def test_no_image_is_replaced_that_may_be_intact(
+    write_here: Any, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose_one(*arguments: Any) -> Any:
+        source = open_images(*arguments)
+        (pictures / "2.png").unlink()
+        return source
+
+    monkeypatch.setattr(write, "open_images", lose_one)
+    says = r"2.png: cannot be read: No such file .* may be intact: make it readable first"
+    with pytest.raises(UnavailableError, match=says):
+        write_here(_config(data={"train": str(pictures), "max_bad_fraction": 0.5}))
+    assert not (tmp_path / "targets" / "manifest.json").exists()
 
 
 def test_too_many_unreadable_images_stop_it_as_they_stop_a_run(

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from dinoscale.config import RunConfig
+from dinoscale.data.sources.synthetic import parse_synthetic
 from dinoscale.errors import DataError, UnavailableError
 from dinoscale.runtime.launcher_env import read_process
 from dinoscale.runtime.outputs import sha256
@@ -58,7 +59,7 @@ def folder(tmp_path: Path) -> TargetFolder:
             save_file(found, path)
             about = {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
             arrays[str(slot)] = about
-        shards.append({"first": first, "stop": stop, "arrays": arrays})
+        shards.append({"first": first, "stop": stop, "arrays": arrays, "unreadable": []})
     manifest = {
         "format": FORMAT,
         "teacher": {"identity": "0", "licence": None},
@@ -70,6 +71,7 @@ def folder(tmp_path: Path) -> TargetFolder:
             "shard_steps": SHARD_STEPS,
             "train": {"micro_batch_size": OF_SLOT},
         },
+        "unreadable": [],
         "shards": shards,
     }
     require_whole(manifest)
@@ -173,8 +175,8 @@ def test_a_manifest_that_cannot_be_read_now_may_be_intact(
 
 
 def _open(folder: TargetFolder) -> None:
-    config = _config(folder.path)
-    open_targets(config, tiny_plan(config), "")
+    config, source = _config(folder.path), parse_synthetic("synthetic:shapes?images=4")
+    open_targets(config, tiny_plan(config), source, source.identity())
 
 
 def _entry(manifest: Any) -> Any:
@@ -197,6 +199,7 @@ def _entry(manifest: Any) -> Any:
         (lambda m: _entry(m).update(file=".."), "'..', the file of slot 1 of the .* is not in"),
         (lambda m: m["prototypes"].update(file="/a"), "'/a', the file of prototypes, is not in"),
         (lambda m: _entry(m).pop("sha256"), "'sha256'"),
+        (lambda m: m["shards"][1]["unreadable"].append({"number": -1}), "unreadable of the shard"),
     ],
 )
 def test_a_manifest_that_says_too_little_is_refused(

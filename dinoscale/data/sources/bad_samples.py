@@ -26,6 +26,7 @@ class BadSample:
         sample_id: its number among the images trained on.
         replaced_by: number of the image that was used instead.
         repeat: how often the image was drawn before: the epoch, if each draws it once.
+        unavailable: the file system failed, which says nothing about the image.
     """
 
     path: str
@@ -33,6 +34,7 @@ class BadSample:
     sample_id: int
     replaced_by: int
     repeat: int
+    unavailable: bool = False
 
 
 class BadSampleLog:

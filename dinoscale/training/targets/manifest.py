@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dinoscale.training.targets.replaced import KEY as UNREADABLE
 from dinoscale.training.targets.settings import FEATURES, HEADS
 
 
@@ -30,6 +31,7 @@ def require_whole(manifest: Mapping[str, Any]) -> None:
     _require("width" in outputs, "settings.outputs.width")
     if outputs["of"] == HEADS:
         _require_file(manifest["prototypes"], "prototypes")
+    _require_unreadable(manifest[UNREADABLE], UNREADABLE)
     _require_shards(manifest["shards"], settings)
 
 
@@ -50,6 +52,14 @@ def _require_shards(shards: list[Any], settings: Mapping[str, Any]) -> None:
         _require(shard["arrays"].keys() == slots, f"the slots of {name}")
         for slot, entry in shard["arrays"].items():
             _require_file(entry, f"slot {slot} of {name}")
+        _require_unreadable(shard[UNREADABLE], f"{UNREADABLE} of {name}")
+
+
+def _require_unreadable(entries: list[Any], name: str) -> None:
+    """Each names an image."""
+    for entry in entries:
+        _require(isinstance(entry["number"], int) and entry["number"] >= 0, name)
+        _require(isinstance(entry["path"], str) and isinstance(entry["error"], str), name)
 
 
 def _require_file(entry: Mapping[str, Any], name: str) -> None:

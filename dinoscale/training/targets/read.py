@@ -21,7 +21,10 @@ from torch import Tensor
 from dinoscale.config import RunConfig
 from dinoscale.config.resolve import RunPlan
 from dinoscale.convert.fitted_heads import fitted_teacher_heads
+from dinoscale.data.decoding.decode import BadSampleError
 from dinoscale.data.loader import Batch
+from dinoscale.data.shards.stream import StreamSource
+from dinoscale.data.sources.source import Source
 from dinoscale.data.transfer import to_device
 from dinoscale.engine.build import InitialWeights
 from dinoscale.engine.frozen.stored import LAST_LAYER
@@ -34,6 +37,8 @@ from dinoscale.runtime.opening import on_first_rank
 from dinoscale.runtime.outputs import sha256
 from dinoscale.runtime.retry import RetryBudget, is_permanent
 from dinoscale.training.targets.manifest import require_whole
+from dinoscale.training.targets.replaced import KEY as UNREADABLE
+from dinoscale.training.targets.replaced import Entry
 from dinoscale.training.targets.settings import (
     HEADS,
     changed_settings,
@@ -42,7 +47,7 @@ from dinoscale.training.targets.settings import (
     learned_of,
     learns_patches,
 )
-from dinoscale.training.targets.stripes import FORMAT, Stored, StripeFile, joined
+from dinoscale.training.targets.stripes import FORMAT, Stored, StripeFile, joined, stripe_names
 
 T = TypeVar("T")
 
@@ -51,6 +56,7 @@ _DRAWN = "another version of dinoscale or of a decoder drew them"
 _AHEAD = 2  # steps that are read before they are asked for
 _ANEW = "compute them with `dinoscale embed --targets`"
 _AGAIN = "start the `dinoscale embed --targets` that wrote it again"
+_REMOVED = f"remove that folder and {_ANEW}"  # which is left as it is while it is whole
 
 
 @dataclass(frozen=True)
@@ -76,10 +82,16 @@ class TargetFolder:
         entry: dict[str, Any] = self.manifest["shards"][shard]["arrays"][str(slot)]
         return shard, entry
 
+    def unreadable(self, step: int) -> dict[int, Entry]:
+        """The images that others replaced in the shard of a step, by their numbers."""
+        shard, _ = self.stripe(step, 0)
+        return {entry["number"]: entry for entry in self.manifest["shards"][shard][UNREADABLE]}
+
 
 def open_targets(
     config: RunConfig,
     plan: RunPlan,
+    source: Source,
     images: str,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> TargetFolder | None:
@@ -88,23 +100,28 @@ def open_targets(
     Args:
         config: of the run.
         plan: of the run.
-        images: identity of its images, on rank 0.
+        source: its images.
+        images: identity of them, on rank 0.
         heartbeat: called regularly meanwhile.
 
     Raises:
         ConfigError: on every rank, if they are of other settings, or of fewer steps.
         DataError: on every rank, if the folder is unfinished, lacks a file, or its manifest is not
-            as it was written.
+            as it was written; or an image can be read now that could not when they were stored.
         UnavailableError: on every rank, if it cannot be read now.
     """
     if config.distill.targets is None:
         return None
-    opened = on_first_rank(lambda beat: _folder(config, plan, images, beat), heartbeat)
+    opened = on_first_rank(lambda beat: _folder(config, plan, source, images, beat), heartbeat)
     return distributed.broadcast_object(opened)
 
 
 def _folder(
-    config: RunConfig, plan: RunPlan, images: str, heartbeat: Callable[[], None]
+    config: RunConfig,
+    plan: RunPlan,
+    source: Source,
+    images: str,
+    heartbeat: Callable[[], None],
 ) -> TargetFolder:
     assert config.distill.targets is not None
     path, disk = Path(config.distill.targets), RetryBudget()
@@ -117,6 +134,8 @@ def _folder(
             for entry in record["arrays"].values():
                 _require_size(path, entry, disk)
         heartbeat()
+    if not isinstance(source, StreamSource):  # which would be read up to each of them
+        _require_unreadable(path, manifest, source, plan.stop_step, heartbeat)
     return TargetFolder(path, manifest)
 
 
@@ -198,6 +217,44 @@ def _require_size(folder: Path, entry: dict[str, Any], disk: RetryBudget) -> Non
             f"{KEY}: {file} is damaged: it has {size} bytes, and {MANIFEST} says "
             f"{entry['bytes']}; remove it, and {_AGAIN}"
         )
+
+
+def _require_unreadable(
+    path: Path,
+    manifest: dict[str, Any],
+    source: Source,
+    stop_step: int,
+    heartbeat: Callable[[], None],
+) -> None:
+    """Refuse targets of another image where the image itself can be read now."""
+    shards: dict[int, list[int]] = {}
+    for shard, record in enumerate(manifest["shards"]):
+        if record["first"] < stop_step:
+            for entry in record[UNREADABLE]:
+                shards.setdefault(entry["number"], []).append(shard)
+    for entry in manifest[UNREADABLE]:
+        heartbeat()
+        of_image = shards.get(entry["number"], [])
+        if of_image and _is_readable(source, entry["number"]):
+            more = len(of_image) - 1
+            others = f", those of {more} more shards that list it in {MANIFEST}," if more else ""
+            raise DataError(f"{KEY}: {_restored(path, entry, of_image[0], others)}")
+
+
+def _restored(folder: Path, entry: Entry, shard: int, others: str = "") -> str:
+    """Of an image that another one replaced in a shard."""
+    return (
+        f"{entry['path']} could not be read when the targets were stored ({entry['error']}), and "
+        f"can be read now; remove {folder / stripe_names(shard)}{others} and {_AGAIN}"
+    )
+
+
+def _is_readable(source: Source, number: int) -> bool:
+    try:
+        source.picture(number).pixels()
+    except BadSampleError:
+        return False
+    return True
 
 
 def _read_error(file: Path, error: OSError) -> DataError:
@@ -314,11 +371,32 @@ class TargetReader:
             pairs["patches"] = of_patches, rows
         for name, (there, here) in pairs.items():
             if not torch.equal(there, here):
-                why = _why_crops_differ(batch) if name == "crops" else f"{_DRAWN}; {_ANEW}"
+                why = f"{_DRAWN}; {_REMOVED}"
+                if name == "crops":
+                    changed = batch.sample_ids[there != here].tolist()
+                    why = self._why_crops_differ(step, batch, changed)
                 raise DataError(
                     f"{KEY}: the {name} of step {step} are others than those of "
                     f"{self._folder.path}, though the settings agree: {why}"
                 )
+
+    def _why_crops_differ(self, step: int, batch: Batch, changed: list[int]) -> str:
+        """What may have changed the crops of some images of a micro-batch, and what to do."""
+        then, now = self._folder.unreadable(step), {bad.sample_id for bad in batch.bad}
+        for bad in batch.bad:
+            if bad.sample_id not in then:
+                return (
+                    f"{bad.path} cannot be read now ({bad.error}), and another image takes its "
+                    "place; make it readable and start again"
+                )
+        for number in changed:
+            if number in then and number not in now:
+                shard, _ = self._folder.stripe(step, 0)
+                return _restored(self._folder.path, then[number], shard)
+        return (
+            f"files of data.train have other contents, or {_DRAWN}; restore what has changed and "
+            f"start again, or {_REMOVED}"
+        )
 
     def _read(self, step: int) -> list[Stored]:
         """Of this rank's micro-batches of a step; runs in the thread."""
@@ -347,20 +425,6 @@ class TargetReader:
             self._slot = (step, slot), stored
         _, stored = self._slot
         return stored.part(max(first - begin, 0), min(stop - begin, self._of_slot))
-
-
-def _why_crops_differ(batch: Batch) -> str:
-    """What may have changed the crops of a micro-batch, and what to do."""
-    if batch.bad:
-        first = batch.bad[0]
-        return (
-            f"{first.path} cannot be read now ({first.error}), and another image takes its place; "
-            f"make it readable and start again, or, if it was so when they were stored, {_ANEW}"
-        )
-    return (
-        "an image could not be read when they were stored, files of data.train have other "
-        f"contents, or {_DRAWN}; restore what has changed and start again, or {_ANEW}"
-    )
 
 
 def _opened(path: Path, read: Callable[[Path], T]) -> T:

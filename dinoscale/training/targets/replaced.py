@@ -11,6 +11,7 @@ from typing import Any
 from dinoscale.config import RunConfig
 from dinoscale.config.resolve import RunPlan
 from dinoscale.data.sources.bad_samples import BadSample, BadSampleLog
+from dinoscale.errors import UnavailableError
 from dinoscale.runtime import distributed
 from dinoscale.training.due import due_after
 
@@ -48,6 +49,8 @@ class Replaced:
 
         Raises:
             DataError: on every rank, if there are more than `data.max_bad_fraction`.
+            UnavailableError: on every rank, if one may be readable again when students are trained,
+                who would take it itself.
         """
         self._steps += 1
         if not ends_shard and not due_after(done, self._config, self._plan).log:
@@ -56,6 +59,12 @@ class Replaced:
             self._log.add(of_rank)
             self._of_shard += of_rank
         self._pending = []
+        for bad in self._of_shard:
+            if bad.unavailable:
+                raise UnavailableError(
+                    f"{bad.path}: {bad.error}. The image may be intact: make it readable first, "
+                    "then start again; finished shards are kept"
+                )
         self._log.check(
             max_fraction=self._config.data.max_bad_fraction,
             seen=self._steps * self._plan.batch_size,
@@ -83,7 +92,8 @@ def warning(entries: list[Entry], manifest: Path) -> str:
     return (
         f"{len(entries)} unreadable images were replaced by others, {times} times in all; the "
         f"first: {first['path']}: {first['error']}. All are listed in {manifest}. Leave them as "
-        "they are until all students are trained, or remove the folder and start again"
+        "they are until all students are trained, or repair them, remove the folder and start "
+        "again"
     )
 
 

@@ -35,6 +35,11 @@ def stripe_name(shard: int, slot: int) -> str:
     return f"steps-{shard:05d}-slot-{slot:05d}.safetensors"
 
 
+def stripe_names(shard: int) -> str:
+    """Pattern of the files of a shard."""
+    return f"steps-{shard:05d}-slot-*.safetensors"
+
+
 @dataclass(frozen=True)
 class Stored:
     """What is stored of some images of a step, on the CPU.

@@ -28,6 +28,7 @@ def test_each_file_is_listed_once_and_counted_always(tmp_path: Path) -> None:
         "sample_id": 3,
         "replaced_by": 4,
         "repeat": 1,
+        "unavailable": False,
     }
 
 
