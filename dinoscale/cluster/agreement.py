@@ -109,14 +109,19 @@ def node_lines(members: Sequence[Member], launcher: str | None) -> list[str]:
     return lines
 
 
-def require_shared(run_dir: Path, hosts: list[str]) -> None:
-    """Refuse a run directory that the nodes do not share; all ranks call it together.
+def require_shared(folder: Path, hosts: list[str], *, name: str = "run_dir") -> None:
+    """Refuse a folder that the nodes do not share; all ranks call it together.
+
+    Args:
+        folder: which rank 0 can write to.
+        hosts: of all ranks.
+        name: what messages call it.
 
     Raises:
         LaunchError: on every rank; the text names the hosts.
     """
     if len(hosts) > 1:
-        _refuse([check_shared(run_dir, hosts)])
+        _refuse([check_shared(folder, hosts, name=name)])
 
 
 def _refuse(checks: Sequence[Check]) -> None:

@@ -7,15 +7,17 @@ import re
 import resource
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from PIL import Image
 
+from dinoscale.cluster.doctor import marker
 from dinoscale.config import RunConfig
 from dinoscale.config.resolve import resolve
 from dinoscale.engine.build import InitialWeights, shapes_only
-from dinoscale.errors import DataError, OutputError, UnavailableError
+from dinoscale.errors import DataError, LaunchError, OutputError, UnavailableError
 from dinoscale.evaluate.embedding.folder import FeatureFolder
 from dinoscale.runtime.launcher_env import read_process
 from dinoscale.runtime.watchdog import Watchdog
@@ -74,6 +76,30 @@ def test_an_error_of_one_rank_within_a_shard_ends_all_of_stage_3(tmp_path: Path)
     function = f"{__name__}:fail_on_one_rank"
     with pytest.raises(RankFailedError, match="the disk of the images is gone"):
         run_distributed(function, world_size=2, timeout_s=60, out=str(tmp_path / "targets"))
+
+
+def on_two_nodes(root: str) -> dict[str, str]:
+    """What is raised where two nodes differ, by what differs."""
+    process, found = read_process(os.environ), {}
+    write.read_frozen_teacher = _random_teacher
+    own = Path(root) / str(process.rank)
+    own.mkdir()
+    older = patch("dinoscale.runtime.versions.version", lambda _: f"9.{process.rank}")
+    soon = patch.object(marker, "_SEEN_WITHIN_S", 1.0)
+    for name, odd in (("versions", older), ("folder", soon)):
+        with odd, pytest.raises(LaunchError) as raised:
+            write.write_targets(_config(), process, own, shard_steps=SHARD_STEPS)
+        found[name] = str(raised.value)
+    return found
+
+
+@pytest.mark.distributed
+def test_nodes_with_other_software_or_another_folder_are_refused(tmp_path: Path) -> None:
+    function = f"{__name__}:on_two_nodes"
+    for found in run_distributed(function, world_size=2, timeout_s=60, root=str(tmp_path)):
+        assert re.search(r"torch is 9.0 on rank 0 .* but 9.1 on rank 1", found["versions"])
+        says = r"^OUT: rank 1 .* cannot see in .*/1 what rank 0 .* wrote to .*/0; put OUT on a file"
+        assert re.search(says, found["folder"])
 
 
 @pytest.fixture

@@ -21,46 +21,45 @@ _OTHER_FILES = 8  # of a checkpoint and a run, besides one for each rank
 _NO_SPACE = ("Disk quota exceeded", "No space left on device")
 
 
-def check_shared(run_dir: Path, hosts: list[str]) -> Check:
+def check_shared(folder: Path, hosts: list[str], *, name: str = "run_dir") -> Check:
     """Let every rank look for a file of rank 0, which is then removed; all ranks call it."""
     made: list[Path] = []
-    path = run_dir.absolute()
+    path = folder.absolute()
     marker = write_marker(path, made) if distributed.rank() == 0 else None
     try:
         marker = distributed.broadcast_object(marker)
         assert marker is not None
         if marker.error:
             return problem(
-                "run_dir",
-                f"rank 0 cannot write to {marker.run_dir}: {marker.error};"
-                " choose another with run_dir=PATH",
+                name,
+                f"rank 0 cannot write to {marker.run_dir}: {marker.error}; choose another {name}",
             )
         found = distributed.gather_objects(look_for(path, marker, own=str(distributed.rank())))
     finally:
         if distributed.rank() == 0:
             remove_marker(path, marker, made)
-    return judge_shared(found, hosts)
+    return judge_shared(found, hosts, name=name)
 
 
-def judge_shared(found: Sequence[RunDirFacts], hosts: list[str]) -> Check:
+def judge_shared(found: Sequence[RunDirFacts], hosts: list[str], *, name: str = "run_dir") -> Check:
     """Name the ranks that do not see rank 0's file, or cannot write beside it."""
     blind = [rank for rank, of_rank in enumerate(found) if not of_rank.seen]
     if blind:
         elsewhere = found[blind[0]].run_dir
         return problem(
-            "run_dir",
+            name,
             f"{ranks_text(blind, hosts)} cannot see in {elsewhere} what rank 0 ({hosts[0]}) wrote"
-            f" to {found[0].run_dir}; put run_dir on a file system that all nodes share",
+            f" to {found[0].run_dir}; put {name} on a file system that all nodes share",
         )
     failed = [rank for rank, of_rank in enumerate(found) if of_rank.error]
     if failed:
         return problem(
-            "run_dir",
+            name,
             f"{ranks_text(failed, hosts)} cannot write to {found[0].run_dir}:"
             f" {found[failed[0]].error}; give this user the right to write there",
         )
     by = "" if len(found) == 1 else f" by {len(found)} ranks"
-    return ok("run_dir", f"{found[0].run_dir} is seen and writable{by}")
+    return ok(name, f"{found[0].run_dir} is seen and writable{by}")
 
 
 def check_disk(config: RunConfig, *, parameters: int, world_size: int) -> Check:

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
+from dinoscale.cluster.agreement import gather_members, require_alike, require_shared
 from dinoscale.config import RunConfig
 from dinoscale.config.resolve import RunPlan, require_groups_within_nodes, resolve
 from dinoscale.convert.initial_weights import read_frozen_teacher
@@ -76,6 +77,7 @@ class _Job:
     config: RunConfig
     plan: RunPlan
     process: Process
+    hosts: list[str]  # of all ranks
     source: StoredSource
     weights: InitialWeights | None  # of the teacher, on rank 0
     folder: FeatureFolder
@@ -111,39 +113,48 @@ def write_targets(
         CheckpointError: the weights cannot be used.
         ConfigError: the run has no frozen teacher, or settings that do not go with stored targets.
         DataError: the images cannot be read.
+        LaunchError: ranks have other software or settings, or do not see one folder.
         OutputError: the folder holds something else, or targets of other settings; or the disk has
             too little space.
     """
     started = time.monotonic()
+    job = _job(config, process, Path(out), shard_steps)
+    try:
+        missing = distributed.broadcast_object(on_first_rank(partial(_begin, job)))
+        assert missing is not None
+        if missing:
+            require_shared(job.folder.path, job.hosts, name="OUT")
+            _write_missing(job, missing)
+        done = distributed.broadcast_object(on_first_rank(lambda _: _finish(job)))
+    finally:
+        job.folder.release()
+    seconds = round(time.monotonic() - started, 1)
+    return {**(done or {}), "new_shards": len(missing), "seconds": seconds}
+
+
+def _job(config: RunConfig, process: Process, out: Path, shard_steps: int | None) -> _Job:
+    """What a run, its images and its teacher ask for; nothing is written yet."""
+    members = gather_members(config, process)
+    require_alike(config, process, members)
+    hosts = [member.host for member in members]
     distributed.together(lambda: require_storable(config))
-    source = open_once_per_node(partial(open_images, config))
+    source = open_once_per_node(partial(open_images, config), hosts)
     require_same_images(source)
     require_groups_within_nodes(config, ranks_of_node=process.local_world_size)
     plan = resolve(config, world_size=process.world_size, num_images=source_sizes(source))
     weights = on_first_rank(partial(read_frozen_teacher, config))
-    of_image = bytes_of_image(config, plan)
     if shard_steps is None:
-        fitting = int(_STRIPE_BYTES / (plan.micro_batch_size * of_image))
+        fitting = int(_STRIPE_BYTES / (plan.micro_batch_size * bytes_of_image(config, plan)))
         shard_steps = max(1, min(fitting, plan.stop_step))
     folder = FeatureFolder(
-        Path(out),
+        out,
         num_shards=-(-plan.stop_step // shard_steps),
         form=FORMAT,
         holds="targets",
         repairs=True,
         beside="prototypes",
     )
-    job = _Job(config, plan, process, source, weights, folder, shard_steps)
-    try:
-        missing = distributed.broadcast_object(on_first_rank(partial(_begin, job, of_image)))
-        assert missing is not None
-        if missing:
-            _write_missing(job, missing)
-        done = distributed.broadcast_object(on_first_rank(lambda _: _finish(job)))
-    finally:
-        folder.release()
-    seconds = round(time.monotonic() - started, 1)
-    return {**(done or {}), "new_shards": len(missing), "seconds": seconds}
+    return _Job(config, plan, process, hosts, source, weights, folder, shard_steps)
 
 
 def bytes_of_image(config: RunConfig, plan: RunPlan) -> float:
@@ -182,7 +193,7 @@ def _mean_chosen(config: RunConfig, plan: RunPlan) -> float:
     return chosen
 
 
-def _begin(job: _Job, of_image: float, _heartbeat: Callable[[], None]) -> list[int]:
+def _begin(job: _Job, _heartbeat: Callable[[], None]) -> list[int]:
     """Take the folder, say what it takes, and return the shards that it lacks."""
     config, plan, weights = job.config, job.plan, job.weights
     assert weights is not None
@@ -204,7 +215,7 @@ def _begin(job: _Job, of_image: float, _heartbeat: Callable[[], None]) -> list[i
     loaded: dict[str, Any] = json.loads(json.dumps(settings))
     with writing_into(job.folder.path):
         missing = job.folder.begin(loaded)
-        _require_space(job, missing, of_image)
+        _require_space(job, missing)
         if config.distill.by_heads and job.folder.manifest() is None:
             dtype = _DTYPES[config.engine.precision]
             _save(
@@ -218,8 +229,9 @@ def _begin(job: _Job, of_image: float, _heartbeat: Callable[[], None]) -> list[i
     return missing
 
 
-def _require_space(job: _Job, missing: list[int], of_image: float) -> None:
+def _require_space(job: _Job, missing: list[int]) -> None:
     """Say how many bytes will be written, and refuse a disk that has not as many."""
+    of_image = bytes_of_image(job.config, job.plan)
     images = sum(len(job.steps_of(shard)) for shard in missing) * job.plan.batch_size
     needed, free = images * of_image, shutil.disk_usage(job.folder.path).free
     log.info(
