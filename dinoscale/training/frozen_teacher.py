@@ -13,7 +13,8 @@ from dinoscale.engine.teacher import Teacher
 from dinoscale.errors import ConfigError
 from dinoscale.runtime import distributed
 from dinoscale.runtime.opening import on_first_rank
-from dinoscale.training.targets.read import TargetFolder, read_prototypes
+from dinoscale.training.targets.folder import TargetFolder
+from dinoscale.training.targets.read import read_prototypes
 
 log = logging.getLogger(__name__)
 

@@ -58,7 +58,8 @@ from dinoscale.training.hooks.online_knn import OnlineKnn
 from dinoscale.training.hooks.online_rank import OnlineRank
 from dinoscale.training.hooks.setting_names import as_set_here
 from dinoscale.training.resume import find_checkpoint, restore
-from dinoscale.training.targets.read import TargetFolder, TargetReader
+from dinoscale.training.targets.folder import TargetFolder
+from dinoscale.training.targets.read import TargetReader
 
 log = logging.getLogger(__name__)
 

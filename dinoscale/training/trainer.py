@@ -81,7 +81,7 @@ from dinoscale.training.resume import (
     restore,
 )
 from dinoscale.training.step_zero import compare_features
-from dinoscale.training.targets.read import open_targets
+from dinoscale.training.targets.folder import open_targets
 
 log = logging.getLogger(__name__)
 S = TypeVar("S", bound=Source)

@@ -224,7 +224,7 @@ def _open(
     """What the start of a student asks of its targets; None in changes takes a setting out."""
     from dinoscale.training.feed import open_images
     from dinoscale.training.frozen_teacher import read_same_teacher
-    from dinoscale.training.targets.read import open_targets
+    from dinoscale.training.targets.folder import open_targets
 
     run = _student(root, "unused", pair, targets=targets)
     for name, change in changes.items():
@@ -358,7 +358,8 @@ def _first(root: Path, folder: Path) -> Any:
     """A reader of targets in one process, once they are opened."""
     from dinoscale.runtime.launcher_env import read_process
     from dinoscale.training.feed import open_images
-    from dinoscale.training.targets.read import TargetReader, open_targets
+    from dinoscale.training.targets.folder import open_targets
+    from dinoscale.training.targets.read import TargetReader
 
     config = tiny_config(**_student(root, "unused", "first", targets=str(folder)))
     source = open_images(config)
@@ -436,7 +437,8 @@ def test_targets_of_mixed_sizes_and_larger_micro_batches_are_those_of_each_step(
 ) -> None:
     from dinoscale.runtime.launcher_env import read_process
     from dinoscale.training.feed import Feed, open_images
-    from dinoscale.training.targets.read import TargetReader, open_targets
+    from dinoscale.training.targets.folder import open_targets
+    from dinoscale.training.targets.read import TargetReader
     from dinoscale.training.targets.write import write_targets
 
     mixture = [

@@ -23,7 +23,7 @@ from dinoscale.runtime.launcher_env import read_process
 from dinoscale.runtime.watchdog import Watchdog
 from dinoscale.training.feed import open_images
 from dinoscale.training.targets import write
-from dinoscale.training.targets.read import open_targets
+from dinoscale.training.targets.folder import open_targets
 from tests.distributed.tiny_run import dinov2, tiny_config
 from tests.harness import RankFailedError, run_distributed
 

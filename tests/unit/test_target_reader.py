@@ -20,8 +20,9 @@ from dinoscale.errors import DataError, UnavailableError
 from dinoscale.runtime.launcher_env import read_process
 from dinoscale.runtime.outputs import sha256
 from dinoscale.training.targets import read
+from dinoscale.training.targets.folder import TargetFolder, open_targets
 from dinoscale.training.targets.manifest import require_whole
-from dinoscale.training.targets.read import TargetFolder, TargetReader, open_targets
+from dinoscale.training.targets.read import TargetReader
 from dinoscale.training.targets.settings import crop_sums
 from dinoscale.training.targets.stripes import FORMAT, Stored, StripeFile
 from tests.distributed.tiny_run import tiny_config, tiny_plan
