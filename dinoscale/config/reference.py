@@ -197,7 +197,7 @@ lists them. Leave them as they are until all students are trained: one that can 
 student starts is refused, and named with the files to remove before the command is started again.
 An image that a failing file system withholds, and that may be intact, ends the command (exit code
 69). A later phase may name targets, too, with `{run_dir}` as for a teacher; they have to be
-finished when the first one starts.
+finished, and of its settings, when the first one starts.
 
 Bytes of an image in an epoch, and of ImageNet-1k's 1.28 M; what it takes is said before it begins,
 and a disk with less space is refused:

@@ -24,10 +24,10 @@ from dinoscale.config import RunConfig
 from dinoscale.config.resolve import RunPlan
 from dinoscale.config.sections.training import PhaseConfig
 from dinoscale.config.teachers import NamedTeacher, named_teachers
-from dinoscale.errors import ConfigError
-from dinoscale.evaluate.embedding.folder import MANIFEST
+from dinoscale.errors import ConfigError, DinoscaleError
 from dinoscale.runtime import distributed
 from dinoscale.training.due import saves_amid
+from dinoscale.training.targets.folder import require_settings
 
 
 def require_own_directory(config: RunConfig, runs: Sequence[RunConfig]) -> None:
@@ -57,18 +57,24 @@ def require_own_directory(config: RunConfig, runs: Sequence[RunConfig]) -> None:
 
 
 def require_teachers(config: RunConfig, runs: Sequence[RunConfig]) -> None:
-    """Refuse weights of teachers, or stored targets, that are not there, also of a phase to come.
+    """Refuse weights of teachers that are not there, and stored targets that cannot be a phase's.
+
+    So a mistake in the last phase does not wait for it. Whether targets are of the run's images and
+    of enough steps is asked when their phase starts.
 
     A phase that has begun is not looked at: it has a Gram network in its checkpoints, and reads a
-    frozen teacher when it goes on. Weights in the folder of an earlier phase may
-    be missing if that phase will write them; no phase writes targets.
+    frozen teacher when it goes on. Weights in the folder of an earlier phase may be missing if that
+    phase will write them; no phase writes targets.
 
     Args:
         config: of the run.
         runs: of its phases, from `phases_of`.
 
     Raises:
-        ConfigError: some are missing, and no phase will write them; or targets are unfinished.
+        ConfigError: weights are missing, and no phase will write them; or targets are of other
+            settings.
+        DataError: targets are missing, unfinished or damaged.
+        UnavailableError: they cannot be read now.
     """
     for index, run in enumerate(runs):
         if checkpoints(Path(run.run_dir)):
@@ -77,7 +83,7 @@ def require_teachers(config: RunConfig, runs: Sequence[RunConfig]) -> None:
         for teacher in named_teachers(run):
             _require_teacher(f"{key}{teacher.key}", teacher, config, runs[:index])
         if run.distill.targets is not None:
-            _require_targets(f"{key}distill.targets", Path(run.distill.targets))
+            _require_targets(key, run)
 
 
 def _require_teacher(
@@ -94,17 +100,11 @@ def _require_teacher(
     _require_to_be_written(key, teacher, config.phases[places[0]], earlier[places[0]])
 
 
-def _require_targets(key: str, folder: Path) -> None:
-    """Refuse a folder of stored targets that is not there, or not finished.
-
-    Whether they are of the run's settings is asked when it starts, once its images are open.
-    """
-    if (reason := _why_missing(f"{folder / MANIFEST}")) is None:
-        return
-    remedy = "compute them with `dinoscale embed --targets`"
-    if _why_missing(f"{folder}") is None:
-        remedy = "it is not finished: start the command that writes it again"
-    raise ConfigError(f"{key}: {folder / MANIFEST}: {reason}; {remedy} before this run starts")
+def _require_targets(phase: str, run: RunConfig) -> None:
+    try:
+        require_settings(run)
+    except DinoscaleError as error:
+        raise type(error)(f"{phase}{error}") from None
 
 
 def _why_missing(path: str) -> str | None:

@@ -14,16 +14,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dinoscale.config import RunConfig
+from dinoscale.config import RunConfig, parse_config, phases_of
 from dinoscale.data.sources.synthetic import parse_synthetic
-from dinoscale.errors import DataError, UnavailableError
+from dinoscale.errors import ConfigError, DataError, UnavailableError
 from dinoscale.runtime.launcher_env import read_process
 from dinoscale.runtime.outputs import sha256
+from dinoscale.training.phases import require_teachers
 from dinoscale.training.targets import read
 from dinoscale.training.targets.folder import TargetFolder, open_targets
 from dinoscale.training.targets.manifest import require_whole
 from dinoscale.training.targets.read import TargetReader
-from dinoscale.training.targets.settings import crop_sums
+from dinoscale.training.targets.settings import crop_sums, known_settings
 from dinoscale.training.targets.stripes import FORMAT, Stored, StripeFile
 from tests.distributed.tiny_run import tiny_config, tiny_plan
 
@@ -66,7 +67,7 @@ def folder(tmp_path: Path) -> TargetFolder:
         "teacher": {"identity": "0", "licence": None},
         "prototypes": {"file": "prototypes.safetensors", "bytes": 1, "sha256": "0"},
         "settings": {
-            "run": {"train": {"batch_size": IMAGES}},
+            "run": {"data": {}, "train": {"batch_size": IMAGES}},
             "outputs": {"of": "heads", "patches": False, "width": None},
             "steps": STEPS,
             "shard_steps": SHARD_STEPS,
@@ -178,6 +179,30 @@ def test_a_manifest_that_cannot_be_read_now_may_be_intact(
 def _open(folder: TargetFolder) -> None:
     config, source = _config(folder.path), parse_synthetic("synthetic:shapes?images=4")
     open_targets(config, tiny_plan(config), source, source.identity())
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_targets_of_a_phase_to_come_are_compared_with_its_settings(
+    folder: TargetFolder, own: bool
+) -> None:
+    config = _config(folder.path)
+    (folder.path / "first.pth").touch()
+    first = {"distill": {"targets": None, "teacher": f"{folder.path}/first.pth"}}
+    phases = [{"name": "first", "change": first}, {"name": "second"}]
+    plain = config.model_copy(update={"run_dir": f"{folder.path}/run"}).model_dump()
+    config = parse_config(plain | {"phases": phases})
+    runs = phases_of(config)
+    width = runs[1].of_teacher.model.width
+    settings = folder.manifest["settings"]
+    settings["outputs"] = {"of": "features", "patches": False, "width": width}
+    settings["run"] = known_settings(runs[1]) | ({} if own else {"seed": runs[0].seed})
+    (folder.path / "manifest.json").write_text(json.dumps(folder.manifest))
+    if own:
+        require_teachers(config, runs)
+        return
+    says = r"^phases.second.distill.targets: .* of another run: seed is \d+ there and \d+ now. Rest"
+    with pytest.raises(ConfigError, match=says):
+        require_teachers(config, runs)
 
 
 def _entry(manifest: Any) -> Any:

@@ -23,6 +23,7 @@ from dinoscale.training.targets.settings import (
     HEADS,
     changed_settings,
     deciding_settings,
+    known_settings,
     learned_of,
     learns_patches,
 )
@@ -97,11 +98,16 @@ def _folder(
     images: str,
     heartbeat: Callable[[], None],
 ) -> TargetFolder:
-    assert config.distill.targets is not None
-    path, disk = Path(config.distill.targets), RetryBudget()
-    manifest = _manifest(path, disk)
-    _require_fitting(path, manifest, config, plan, images)
-    if manifest["settings"]["outputs"]["of"] == HEADS:
+    disk = RetryBudget()
+    path, manifest = _opened(config, disk)
+    settings = manifest["settings"]
+    _require_run(path, settings["run"], deciding_settings(config, plan, images))
+    if settings["steps"] < plan.stop_step:
+        raise ConfigError(
+            f"{KEY}: {path} holds the targets of {settings['steps']} steps, and this run takes "
+            f"{plan.stop_step} (train.epochs, train.stop_after_steps); train for fewer, or {ANEW}"
+        )
+    if settings["outputs"]["of"] == HEADS:
         _require_size(path, manifest["prototypes"], disk)
     for record in manifest["shards"]:
         if record["first"] < plan.stop_step:
@@ -111,6 +117,29 @@ def _folder(
     if not isinstance(source, StreamSource):  # which would be read up to each of them
         _require_unreadable(path, manifest, source, plan.stop_step, heartbeat)
     return TargetFolder(path, manifest)
+
+
+def require_settings(config: RunConfig) -> None:
+    """Refuse `distill.targets` that cannot be those of a run, whatever its images are.
+
+    Args:
+        config: of the run, which has some.
+
+    Raises:
+        ConfigError, DataError, UnavailableError: as `open_targets` raises them.
+    """
+    path, manifest = _opened(config, RetryBudget())
+    then, own = manifest["settings"]["run"], known_settings(config)
+    _require_run(path, then, {**then, **own, "data": {**then["data"], **own["data"]}})
+
+
+def _opened(config: RunConfig, disk: RetryBudget) -> tuple[Path, dict[str, Any]]:
+    """A folder of the outputs that a run learns, and its manifest."""
+    assert config.distill.targets is not None
+    path = Path(config.distill.targets)
+    manifest = _manifest(path, disk)
+    _require_outputs(path, manifest["settings"]["outputs"], config)
+    return path, manifest
 
 
 def _manifest(path: Path, disk: RetryBudget) -> dict[str, Any]:
@@ -129,6 +158,8 @@ def _manifest(path: Path, disk: RetryBudget) -> dict[str, Any]:
         raise DataError(f"{KEY}: {path} has no {MANIFEST} and {text}") from None
     except OSError as error:
         raise read_error(file, error) from None
+    except ValueError as error:  # no name of a file
+        raise DataError(f"{KEY}: {str(path)!r}: {error}; {ANEW}") from None
     try:
         manifest: dict[str, Any] = json.loads(data)
         if manifest["format"] != FORMAT:
@@ -140,12 +171,9 @@ def _manifest(path: Path, disk: RetryBudget) -> dict[str, Any]:
     return manifest
 
 
-def _require_fitting(
-    path: Path, manifest: dict[str, Any], config: RunConfig, plan: RunPlan, images: str
-) -> None:
-    """Refuse targets of another run, naming what differs."""
-    settings = manifest["settings"]
-    outputs, wanted = settings["outputs"], learned_of(config)
+def _require_outputs(path: Path, outputs: dict[str, Any], config: RunConfig) -> None:
+    """Refuse what a run does not learn."""
+    wanted = learned_of(config)
     if outputs["of"] != wanted:
         key = "distill.class_feature_weight"
         remedy = f"set {key} above 0.0" if wanted == HEADS else "set the weights of features to 0.0"
@@ -165,16 +193,14 @@ def _require_fitting(
             f"{KEY}: {path} holds features of width {outputs['width']}, and distill.model says "
             f"{width}; give the model whose features they are"
         )
-    own = deciding_settings(config, plan, images)
-    if changed := changed_settings(settings["run"], own):
+
+
+def _require_run(path: Path, then: dict[str, Any], own: dict[str, Any]) -> None:
+    """Refuse targets of another run, naming what differs."""
+    if changed := changed_settings(then, own):
         raise ConfigError(
-            f"{KEY}: {path} holds the targets of another run: "
-            f"{said(changed, settings['run'], own)}. Restore the old values, or {ANEW}"
-        )
-    if settings["steps"] < plan.stop_step:
-        raise ConfigError(
-            f"{KEY}: {path} holds the targets of {settings['steps']} steps, and this run takes "
-            f"{plan.stop_step} (train.epochs, train.stop_after_steps); train for fewer, or {ANEW}"
+            f"{KEY}: {path} holds the targets of another run: {said(changed, then, own)}. "
+            f"Restore the old values, or {ANEW}"
         )
 
 

@@ -22,7 +22,7 @@ def require_whole(manifest: Mapping[str, Any]) -> None:
         ValueError: an entry says what no command of ours writes.
     """
     settings, teacher = manifest["settings"], manifest["teacher"]
-    _require(isinstance(settings["run"], dict), "settings.run")
+    _require(isinstance(settings["run"]["data"], dict), "settings.run.data")
     _require(isinstance(teacher["identity"], str), "teacher.identity")
     _require(teacher["licence"] is None or isinstance(teacher["licence"], str), "teacher.licence")
     outputs = settings["outputs"]

@@ -46,23 +46,30 @@ def deciding_settings(config: RunConfig, plan: RunPlan, images: str) -> dict[str
         plan: of it, for any number of ranks.
         images: identity of its images.
     """
+    settings = known_settings(config)
+    settings["data"]["train"] = images
+    settings["images drawn from each source an epoch"] = plan.quotas
+    settings |= order_of_stream(config.model_dump(mode="json"), asdict(plan))
+    loaded: dict[str, Any] = json.loads(json.dumps(settings))
+    return loaded
+
+
+def known_settings(config: RunConfig) -> dict[str, Any]:
+    """Those of them that are known before the images are opened."""
     run = config.model_dump(mode="json")
     settings: dict[str, Any] = {
         "seed": config.seed,
-        "data": {"train": images, **{key: run["data"][key] for key in _OF_IMAGES}},
-        "images drawn from each source an epoch": plan.quotas,
+        "data": {key: run["data"][key] for key in _OF_IMAGES},
         "crops": run["crops"],
         "augment": run["augment"],
-        "train": {"batch_size": plan.batch_size},
+        "train": {"batch_size": config.train.batch_size},
         "engine": {"precision": config.engine.precision},
-        **order_of_stream(run, asdict(plan)),
     }
     if learns_patches(config):
         settings["model"] = {"patch_size": config.model.effective_patch_size}
         if config.distill.by_heads:
             settings["ibot"] = {key: run["ibot"][key] for key in _OF_MASKS}
-    loaded: dict[str, Any] = json.loads(json.dumps(settings))
-    return loaded
+    return settings
 
 
 def changed_settings(stored: dict[str, Any], own: dict[str, Any]) -> list[str]:
