@@ -1,15 +1,12 @@
 """What is stored of a frozen teacher's outputs, cut and joined for micro-batches of other sizes."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from dinoscale.config import RunConfig, parse_config
 from dinoscale.data.augmentation.masks import Masks
 from dinoscale.training.feed import masks_of
-from dinoscale.training.targets.stripes import Stored, StripeFile, joined
+from dinoscale.training.targets.stripes import Stored, joined, stored_of
 
 IMAGES, WIDTH, PATCHES, STEP = 12, 5, 16, 7
 
@@ -49,20 +46,17 @@ def _slot(first: int, images: int, *, features: bool) -> Stored:
 @pytest.mark.parametrize("features", [False, True])
 @pytest.mark.parametrize(("stored", "read"), [(3, 3), (2, 6), (6, 2), (4, 6), (6, 4)])
 def test_any_micro_batches_are_made_of_the_stored_ones(
-    tmp_path: Path, stored: int, read: int, features: bool
+    stored: int, read: int, features: bool
 ) -> None:
-    files = []
-    for slot in range(IMAGES // stored):
-        path = tmp_path / f"{slot}.safetensors"
-        save_file(_slot(slot * stored, stored, features=features).named(STEP), path)
-        files.append(StripeFile(path))
+    firsts = range(0, IMAGES, stored)
+    files = [_slot(first, stored, features=features).named(STEP) for first in firsts]
     for first in range(0, IMAGES, read):
         parts = []
         for slot, file in enumerate(files):
             begin = slot * stored
             low, high = max(first - begin, 0), min(first + read - begin, stored)
             if low < high:
-                parts.append(file.step(STEP, patches=True).part(low, high))
+                parts.append(stored_of(file, STEP, patches=True).part(low, high))
         found, wanted = joined(parts), _slot(first, read, features=features)
         for name in ("images", "crops", "classes", "patches", "counts", "places"):
             one, other = getattr(found, name), getattr(wanted, name)
@@ -74,8 +68,7 @@ def test_any_micro_batches_are_made_of_the_stored_ones(
             assert torch.equal(rows, _masks(first, read).rows)
 
 
-def test_patches_are_not_read_where_they_are_not_learned(tmp_path: Path) -> None:
-    save_file(_slot(0, 4, features=False).named(STEP), tmp_path / "a.safetensors")
-    found = StripeFile(tmp_path / "a.safetensors").step(STEP, patches=False)
+def test_patches_are_not_read_where_they_are_not_learned() -> None:
+    found = stored_of(_slot(0, 4, features=False).named(STEP), STEP, patches=False)
     assert found.patches is found.counts is found.places is None
     assert torch.equal(found.part(1, 3).images, torch.tensor([1, 2]))

@@ -5,15 +5,13 @@ bytes of a file, by its checksum, when the first of its steps comes near; and of
 by the numbers of its images, the pixels of their global crops and the chosen patches.
 """
 
-from collections.abc import Callable
+import hashlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from dinoscale.config import RunConfig
@@ -28,7 +26,6 @@ from dinoscale.errors import DataError
 from dinoscale.evaluate.embedding.folder import MANIFEST
 from dinoscale.runtime.launcher_env import Process
 from dinoscale.runtime.opening import on_first_rank
-from dinoscale.runtime.outputs import sha256
 from dinoscale.runtime.retry import RetryBudget
 from dinoscale.training.targets.folder import (
     AGAIN,
@@ -39,9 +36,7 @@ from dinoscale.training.targets.folder import (
     restored,
 )
 from dinoscale.training.targets.settings import crop_sums, learns_patches
-from dinoscale.training.targets.stripes import Stored, StripeFile, joined
-
-T = TypeVar("T")
+from dinoscale.training.targets.stripes import Stored, joined, stored_of
 
 _DRAWN = "another version of dinoscale or of a decoder drew them"
 _AHEAD = 2  # steps that are read before they are asked for
@@ -66,9 +61,8 @@ def _prototypes(config: RunConfig, folder: TargetFolder) -> InitialWeights:
         return begun({})
     entry = folder.manifest["prototypes"]
     path = folder.path / entry["file"]
-    _require_sum(path, entry["sha256"])
     given: dict[str, dict[str, Tensor]] = {}
-    for name, value in _opened(path, load_file).items():
+    for name, value in _tensors(path, entry["sha256"]).items():
         head, _, key = name.partition(".")
         given.setdefault(head, {})[key] = value
     layer = LAST_LAYER.removeprefix(".")
@@ -78,16 +72,19 @@ def _prototypes(config: RunConfig, folder: TargetFolder) -> InitialWeights:
     return begun({}, *heads)
 
 
-def _require_sum(path: Path, wanted: str) -> None:
+def _tensors(path: Path, digest: str) -> dict[str, Tensor]:
+    """Those of a file, of the very bytes that its checksum is of."""
     try:
-        found = RetryBudget().read(lambda: sha256(path), path)
+        data = RetryBudget().read(path.read_bytes, path)
     except OSError as error:
         raise read_error(path, error) from None
-    if found != wanted:
+    found = hashlib.sha256(data).hexdigest()
+    if found != digest:
         raise DataError(
             f"{KEY}: {path} is damaged: its SHA-256 is {found[:12]}, and {MANIFEST} says "
-            f"{wanted[:12]}; remove it, and {AGAIN}"
+            f"{digest[:12]}; remove it, and {AGAIN}"
         )
+    return load(data)
 
 
 class TargetReader:
@@ -103,7 +100,7 @@ class TargetReader:
         self._of_slot = int(folder.manifest["settings"]["train"]["micro_batch_size"])
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="targets")
         self._steps: dict[int, Future[list[Stored]]] = {}
-        self._open: dict[tuple[int, str], StripeFile] = {}  # by shard and name; of the thread
+        self._open: dict[tuple[int, str], dict[str, Tensor]] = {}  # by shard and file
         self._slot: tuple[tuple[int, int], Stored] | tuple[None, None] = None, None  # the last one
 
     def close(self) -> None:
@@ -195,24 +192,11 @@ class TargetReader:
         shard, entry = self._folder.stripe(step, slot)
         path = self._folder.path / entry["file"]
         if (shard, entry["file"]) not in self._open:
-            _require_sum(path, entry["sha256"])
-            self._open[shard, entry["file"]] = _opened(path, StripeFile)
+            self._open[shard, entry["file"]] = _tensors(path, entry["sha256"])
         begin = slot * self._of_slot
         if self._slot[0] != (step, slot):  # smaller micro-batches take several parts of it
-            stored = self._open[shard, entry["file"]].step(step, patches=self._patches)
+            tensors = self._open[shard, entry["file"]]
+            stored = stored_of(tensors, step, patches=self._patches)
             self._slot = (step, slot), stored
         _, stored = self._slot
         return stored.part(max(first - begin, 0), min(stop - begin, self._of_slot))
-
-
-def _opened(path: Path, read: Callable[[Path], T]) -> T:
-    """What `read` makes of a file whose checksum was right."""
-    try:
-        return RetryBudget().read(lambda: read(path), path)
-    except OSError as error:
-        raise read_error(path, error) from None
-    except SafetensorError as error:
-        raise DataError(
-            f"{KEY}: {path} cannot be read ({error}); start again, and if it stays so, remove it, "
-            f"and {AGAIN}"
-        ) from None

@@ -17,11 +17,8 @@ Shape letters: B images of a slot, M chosen patches, P patches of a crop, D widt
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from dinoscale.data.augmentation.multi_crop import NUM_GLOBAL
@@ -135,29 +132,20 @@ def _of_views(part: Stored) -> list[tuple[Tensor, Tensor]]:
     return list(zip(part.patches.split(sizes), part.places.split(sizes), strict=True))
 
 
-class StripeFile:
-    """An open stripe; what is asked for is copied from the mapped file.
+def stored_of(tensors: Mapping[str, Tensor], step: int, *, patches: bool) -> Stored:
+    """What a stripe holds of a step.
 
-    So it is read when it is asked for, and lies as aligned in memory as what a network computes,
-    which decides how products round.
+    Each tensor is copied: so it lies as aligned in memory as what a network computes, which decides
+    how products round.
+
+    Args:
+        tensors: of a stripe, by name.
+        step: one of its steps.
+        patches: whether those of patches are wanted.
     """
-
-    def __init__(self, path: Path) -> None:
-        """Open it.
-
-        Raises:
-            OSError, SafetensorError: it cannot be read.
-        """
-        self._file: Any = safe_open(path, framework="pt")
-        self._names = set(self._file.keys())
-
-    def step(self, step: int, *, patches: bool) -> Stored:
-        """What is stored of a step; `patches` says whether those are wanted."""
-        of_patches = {"patches", "counts", "places"}
-        wanted = {field.name for field in fields(Stored) if patches or field.name not in of_patches}
-        found: Mapping[str, Tensor] = {
-            name: self._file.get_tensor(f"{step}.{name}").clone()
-            for name in wanted
-            if f"{step}.{name}" in self._names
-        }
-        return Stored(**found)
+    of_patches = {"patches", "counts", "places"}
+    wanted = {field.name for field in fields(Stored) if patches or field.name not in of_patches}
+    found: Mapping[str, Tensor] = {
+        name: tensors[f"{step}.{name}"].clone() for name in wanted if f"{step}.{name}" in tensors
+    }
+    return Stored(**found)
