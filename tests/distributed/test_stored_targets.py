@@ -210,6 +210,18 @@ def test_one_process_that_was_killed_writes_the_same_bytes(root: Path, tmp_path:
     another = tiny_config(**run).model_copy(update={"seed": 4})
     with pytest.raises(OutputError, match=r"holds other targets: run.seed is 0 there and 4 now"):
         write_targets(another, read_process({}), out, shard_steps=SHARD_STEPS)
+    in_training = tiny_config(**_of_teacher(run, drop_path_rate=0.5))
+    found = write_targets(in_training, read_process({}), out, shard_steps=SHARD_STEPS)
+    assert found["new_shards"] == 0
+    another = tiny_config(**_of_teacher(run, position_resize="by_size"))
+    with pytest.raises(
+        OutputError, match=r"distill.model.position_resize is null there and \"by_s"
+    ):
+        write_targets(another, read_process({}), out, shard_steps=SHARD_STEPS)
+
+
+def _of_teacher(run: dict[str, Any], **model: Any) -> dict[str, Any]:
+    return run | {"distill": run["distill"] | {"model": run["distill"]["model"] | model}}
 
 
 def _open(

@@ -23,6 +23,9 @@ from dinoscale.training.resume import order_of_stream
 HEADS, FEATURES = "heads", "features"  # what is stored
 _OF_IMAGES = ("subset_size", "color_ops_on", "channels", "max_pixel_value", "mean", "std")
 _OF_MASKS = ("mask_prob", "mask_ratio", "mask_rule", "mask_group")
+# Of the teacher's network, which only runs: what acts in training alone.
+_OF_TRAINING = {"drop_path_rate", "drop_path_uniform", "drop_path_mode", "local_norm"}
+_ROPE_OF_TRAINING = {"shift", "jitter", "rescale"}
 _OF_PATCHES = ("ibot", "model")  # sections that matter where outputs of patches do
 
 
@@ -70,6 +73,20 @@ def known_settings(config: RunConfig) -> dict[str, Any]:
         if config.distill.by_heads:
             settings["ibot"] = {key: run["ibot"][key] for key in _OF_MASKS}
     return settings
+
+
+def teacher_settings(config: RunConfig) -> dict[str, Any]:
+    """What decides how the teacher's weights are used, of a configuration; students need not agree.
+
+    Args:
+        config: of a run with a frozen teacher.
+    """
+    teacher = config.of_teacher
+    left_out: dict[str, Any] = {**dict.fromkeys(_OF_TRAINING, True), "rope": _ROPE_OF_TRAINING}
+    distill = {"model": teacher.model.model_dump(mode="json", exclude=left_out)}
+    if config.distill.by_heads:
+        distill |= teacher.model_dump(mode="json", include={"head", "patch_head"})
+    return {"distill": distill, "engine": {"compile": config.engine.compile}}
 
 
 def changed_settings(stored: dict[str, Any], own: dict[str, Any]) -> list[str]:

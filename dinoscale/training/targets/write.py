@@ -59,6 +59,7 @@ from dinoscale.training.targets.settings import (
     learned_of,
     learns_patches,
     require_storable,
+    teacher_settings,
 )
 from dinoscale.training.targets.stripes import FORMAT, PROTOTYPES, Stored, stripe_name
 from dinoscale.training.trainer import require_same_images
@@ -200,6 +201,7 @@ def _begin(job: _Job, _heartbeat: Callable[[], None]) -> list[int]:
     settings = {
         "run": deciding_settings(config, plan, job.source.identity(_heartbeat)),
         "teacher": weights.identity,
+        **teacher_settings(config),
         "outputs": {
             "of": learned_of(config),
             "patches": learns_patches(config),
