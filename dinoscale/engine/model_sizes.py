@@ -80,8 +80,9 @@ class Dims:
         trains_projection: whether the patch projection trains.
         frozen_teacher: counts of the network of another run that gives the targets, and of the
             patches that the student is asked about; None where the average gives them.
-        stored_targets: whether the outputs of heads of a frozen teacher are stored: the average is
-            not asked, and no other network is there.
+        stored_targets: of each head of a frozen teacher whose outputs are stored the width before
+            its prototypes, patches having the last one; then the average is not asked, and no
+            other network is there. Empty without.
         average_follows: whether the average takes a forward of its own beside it, as statistics of
             batch norm follow the images.
         followed: counts of a frozen teacher's backbone whose features are followed, of others than
@@ -125,7 +126,7 @@ class Dims:
     skipped: tuple[int, ...] = ()
     trains_projection: bool = True
     frozen_teacher: "Dims | None" = None
-    stored_targets: bool = False
+    stored_targets: tuple[int, ...] = ()
     average_follows: bool = False
     followed: "Dims | ForwardCounts | None" = None
     followed_patches: bool = False
@@ -135,6 +136,13 @@ class Dims:
     def of_targets(self) -> "Dims":
         """Counts of the network whose forward gives the targets."""
         return self.frozen_teacher or self
+
+    @property
+    def target_prototypes(self) -> tuple[int, int]:
+        """Scalars of the prototypes that give the targets, those of class tokens and of patches."""
+        teacher = self.of_targets
+        widths = self.stored_targets or (teacher.bottleneck, teacher.patches.bottleneck)
+        return self.prototypes * widths[0], self.patches.prototypes * widths[-1]
 
     @property
     def of_sizes(self) -> tuple[tuple[float, "Dims"], ...]:
@@ -235,7 +243,9 @@ def dims_of(config: RunConfig) -> Dims:
         tracks = any(True for _ in network.buffers())  # as in `Teacher`
         dims = replace(dims, average_follows=tracks)
         if teacher is None:
-            return replace(dims, stored_targets=True)
+            heads = run.of_teacher.head, run.of_teacher.patch_head
+            widths = tuple(head.bottleneck_dim for head in heads if head is not None)
+            return replace(dims, stored_targets=widths)
         return _with_teacher(dims, run, teacher)
 
     largest = of_size(config.of_largest_size)
@@ -416,9 +426,8 @@ def flops_of(dims: Dims) -> StepFlops:
 
 def _flops_of_size(dims: Dims) -> StepFlops:
     own = _flops_of_networks(dims)
-    of_patches = dims.patches.masked * dims.patches.bottleneck * dims.patches.prototypes
-    products = round(2 * (NUM_GLOBAL * dims.bottleneck * dims.prototypes + of_patches))
-    average = own.teacher - products if dims.average_follows else 0
+    scalars = dims.bottleneck * dims.prototypes, dims.patches.bottleneck * dims.patches.prototypes
+    average = own.teacher - _products(dims, *scalars) if dims.average_follows else 0
     if not dims.prototypes:  # nobody asks the average
         own = replace(own, teacher_backbone=0)
     if dims.followed is not None:
@@ -433,6 +442,7 @@ def _flops_of_size(dims: Dims) -> StepFlops:
             else _flops_of_networks(dims.followed).student_global,
         )
     if dims.stored_targets:
+        products = _products(dims, *dims.target_prototypes)
         return replace(own, teacher_backbone=0, teacher_head=products, average=average)
     if dims.frozen_teacher is None:
         return own
@@ -443,6 +453,11 @@ def _flops_of_size(dims: Dims) -> StepFlops:
         teacher_head=theirs.teacher_head,
         average=average,
     )
+
+
+def _products(dims: Dims, of_classes: int, of_patches: int) -> int:
+    """Those of the vectors of an image with prototypes of so many scalars."""
+    return round(2 * (NUM_GLOBAL * of_classes + dims.patches.masked * of_patches))
 
 
 def _flops_of_networks(dims: Dims) -> StepFlops:

@@ -80,8 +80,8 @@ def persistent(dims: Dims, setup: Setup) -> Terms:
     compared = s * (dims.backbone - dims.frozen) / parts * dims.frozen_networks
     for teacher in (dims.frozen_teacher, dims.followed):
         compared += 0 if teacher is None else s * teacher.parameters / parts
-    if dims.stored_targets:  # prototypes of the teacher, about as many as the student's
-        compared += s * (_prototype_scalars(dims) + _patch_prototype_scalars(dims))
+    if dims.stored_targets:  # patches may share the head of class tokens
+        compared += s * sum(dims.target_prototypes[: len(dims.stored_targets)])
     if setup.offload_optimizer:
         states = average = 0
     return {
@@ -209,7 +209,7 @@ def _teacher_forward(dims: Dims, setup: Setup) -> Terms:
     block = 0.0 if dims.stored_targets else widest(teacher, setup, tokens=teacher.global_tokens)
     if teacher is not dims:  # the inputs of the block and of its MLP
         block += 2 * s * images * teacher.global_tokens * teacher.embed_dim
-    prototypes = (2 if setup.bf16 else 1) * FP32 * _prototype_scalars(teacher)
+    prototypes = (2 if setup.bf16 else 1) * FP32 * dims.target_prototypes[0]
     pixels = s * images * dims.global_pixels if setup.bf16 and block else 0
     return {
         "activations": pixels + max(block, prototypes),
@@ -314,7 +314,7 @@ def _loss(dims: Dims, setup: Setup) -> Terms:
 def _patch_loss(dims: Dims, setup: Setup) -> Terms:
     """After the loss of class tokens: prototypes in float32, their gradient, a chunk of logits."""
     scalars, s = _patch_prototype_scalars(dims), setup.weight_bytes
-    of_teacher = _patch_prototype_scalars(dims.of_targets)
+    _, of_teacher = dims.target_prototypes
     prototypes = FP32 * (2 * scalars + of_teacher)  # normalized, and the gradient
     if setup.bf16:
         prototypes += s * scalars  # the gradient in bfloat16

@@ -69,13 +69,25 @@ def test_targets_that_no_run_could_learn_from_are_not_stored(
         require_storable(_config(distill, **sections))
 
 
-def test_a_plan_counts_neither_a_frozen_network_nor_a_forward_of_the_average() -> None:
-    live, stored = (dims_of(_config({key: "x", "model": WIDE})) for key in ("teacher", "targets"))
+@pytest.mark.parametrize("own", [True, False])
+def test_a_plan_counts_neither_a_frozen_network_nor_a_forward_of_the_average(own: bool) -> None:
+    head = {"num_prototypes": 7, "hidden_dim": 8, "bottleneck_dim": 5}
+    heads = {"head": head} | ({"patch_head": head | {"bottleneck_dim": 6}} if own else {})
+    sections = {"ibot": {"loss_weight": 1.0, "mask_group": 1}}
+    live, stored = (
+        dims_of(_config({key: "x", "model": WIDE, **heads}, **sections))
+        for key in ("teacher", "targets")
+    )
     assert live.frozen_teacher is not None
     assert stored.frozen_teacher is stored.followed is None
-    assert stored.stored_targets
-    assert flops_of(live).teacher > flops_of(_dims_of_average()).teacher
-    assert flops_of(stored).teacher < flops_of(_dims_of_average()).teacher
+    assert stored.target_prototypes == live.target_prototypes == (7 * 5, 7 * (6 if own else 5))
+    products = 2 * (2 * 7 * 5 + stored.patches.masked * stored.target_prototypes[1])
+    assert flops_of(stored).teacher_head == round(products)
+    average = dims_of(_config({}, **sections))
+    held = persistent(stored, SETUP)["teacher"] - persistent(average, SETUP)["teacher"]
+    assert held == pytest.approx(SETUP.weight_bytes * 7 * (5 + 6 if own else 5))
+    assert flops_of(live).teacher > flops_of(average).teacher
+    assert flops_of(stored).teacher < flops_of(average).teacher
 
 
 @pytest.mark.parametrize("patch_weight", [0.0, 0.5])
@@ -95,7 +107,3 @@ def test_a_plan_of_stored_features_counts_the_maps_and_the_loss_alone(patch_weig
     weights = SETUP.weight_bytes * live.followed.parameters
     saved = persistent(live, SETUP)["teacher"] - persistent(stored, SETUP)["teacher"]
     assert saved == pytest.approx(weights)
-
-
-def _dims_of_average() -> Any:
-    return dims_of(_config({}))
