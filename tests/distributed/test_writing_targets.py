@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import weakref
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,7 +22,7 @@ from dinoscale.errors import DataError, LaunchError, OutputError, UnavailableErr
 from dinoscale.evaluate.embedding.folder import FeatureFolder
 from dinoscale.runtime.launcher_env import read_process
 from dinoscale.runtime.watchdog import Watchdog
-from dinoscale.training.feed import open_images
+from dinoscale.training.feed import finish_batch, open_images
 from dinoscale.training.targets import write
 from dinoscale.training.targets.folder import open_targets
 from tests.distributed.tiny_run import dinov2, tiny_config
@@ -181,6 +182,26 @@ def test_too_many_unreadable_images_stop_it_as_they_stop_a_run(
     with pytest.raises(DataError, match=says):
         write_here(_config(data={"train": str(pictures), "max_bad_fraction": 0.0}))
     assert not (tmp_path / "targets" / "manifest.json").exists()
+
+
+def test_the_weights_are_not_kept_beside_the_teacher(
+    write_here: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[weakref.ref[InitialWeights]] = []
+
+    def read(config: RunConfig, *_: Any) -> InitialWeights:
+        weights = _random_teacher(config)
+        kept.append(weakref.ref(weights))
+        return weights
+
+    def finish(*arguments: Any, **options: Any) -> Any:
+        assert kept[0]() is None
+        return finish_batch(*arguments, **options)
+
+    monkeypatch.setattr(write, "read_frozen_teacher", read)
+    monkeypatch.setattr(write, "finish_batch", finish)
+    write_here(_config())
+    assert kept
 
 
 @pytest.mark.parametrize("damage", ["missing", "short", "flipped"])

@@ -93,6 +93,13 @@ class _Job:
         """The slot of this rank's micro-batch `index` of a step."""
         return index * self.plan.world_size + self.process.rank
 
+    def begun(self) -> "_Job":
+        """The same, of the weights only whose they are; they take 4 bytes each."""
+        if self.weights is None:
+            return self
+        known = InitialWeights({}, licence=self.weights.licence, identity=self.weights.identity)
+        return replace(self, weights=known)
+
 
 def write_targets(
     config: RunConfig, process: Process, out: str | Path, *, shard_steps: int | None = None
@@ -125,7 +132,10 @@ def write_targets(
         assert missing is not None
         if missing:
             require_shared(job.folder.path, job.hosts, name="OUT")
-            _write_missing(job, missing)
+            teacher = build_frozen_teacher(config, job.plan)
+            teacher.load(None if job.weights is None else job.weights.by_name(), identity=None)
+            job = job.begun()
+            _write_missing(job, teacher, missing)
         done = distributed.broadcast_object(on_first_rank(lambda _: _finish(job)))
     finally:
         job.folder.release()
@@ -254,11 +264,8 @@ def _require_space(job: _Job, missing: list[int]) -> None:
         )
 
 
-def _write_missing(job: _Job, missing: list[int]) -> None:
+def _write_missing(job: _Job, teacher: FrozenTeacher[Any], missing: list[int]) -> None:
     """Write shards; a run of neighbours shares one set of data workers."""
-    teacher = build_frozen_teacher(job.config, job.plan)
-    named = None if job.weights is None else job.weights.by_name()
-    teacher.load(named, identity=None)
     shown_here = job.process.rank == 0
     replaced = Replaced(job.config, job.plan, job.folder.path)
     images = sum(len(job.steps_of(shard)) for shard in missing) * job.plan.batch_size
