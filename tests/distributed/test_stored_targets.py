@@ -163,6 +163,17 @@ def test_a_student_of_stored_targets_is_that_of_the_live_teacher(root: Path, pai
     assert _differing(live, stored) == []
 
 
+@pytest.mark.parametrize(("pair", "out"), [("first", ""), ("features", "_features")])
+def test_the_bytes_of_an_image_are_those_that_are_said(root: Path, pair: str, out: str) -> None:
+    from dinoscale.training.targets.write import bytes_of_image
+
+    config = tiny_config(**_student(root, "unused", pair))
+    stored = load_file(root / f"targets{out}" / "steps-00000-slot-00000.safetensors")
+    of_step = sum(value.nbytes for name, value in stored.items() if name.startswith("0."))
+    plan = resolve(config, world_size=2, num_images=IMAGES)
+    assert of_step == bytes_of_image(config, plan) * plan.micro_batch_size
+
+
 def test_two_students_of_one_folder_are_different_ones(root: Path) -> None:
     first, second = _logged(root / "first_stored"), _logged(root / "second_stored")
     assert all(one != other for one, other in zip(first, second, strict=True))

@@ -5,8 +5,10 @@ import json
 import os
 import re
 import resource
+import shutil
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -216,6 +218,19 @@ def test_damaged_prototypes_are_written_anew(write_here: Any, tmp_path: Path, da
     assert write_here(_config())["new_shards"] == 0
     assert file.read_bytes() == before
     assert manifest.read_bytes() == listed
+
+
+def test_a_disk_with_too_little_space_is_refused(
+    write_here: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = resolve(_config(), world_size=1, num_images=IMAGES)
+    needed = plan.batch_size * STEPS * write.bytes_of_image(_config(), plan)
+    space = SimpleNamespace(free=needed - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: space)
+    with pytest.raises(OutputError, match=r"targets take about .* GB, and .* choose another disk"):
+        write_here(_config())
+    space.free = needed
+    assert write_here(_config())["new_shards"] == 2
 
 
 @pytest.mark.parametrize(
