@@ -177,8 +177,10 @@ Of heads the folder has what meets the prototypes, in float32, and the prototype
 centering and Sinkhorn-Knopp act in each student as ever. Without heads it has the features, in
 `engine.precision`. A student is bit for bit that of the live teacher, as tests show, where both
 multiply the same shapes: with the micro-batches of the folder, on any number of ranks, in float32
-also at stage 3. With other micro-batches it is the same up to rounding. A run may go on
-with its teacher's targets where it began with the teacher, and the other way round.
+also at stage 3. With other micro-batches it is the same up to rounding; of smaller ones every rank
+reads, checks and holds whole files of the folder for its part of them, so that eight ranks with an
+eighth of the images read each file eight times. A run may go on with its teacher's targets where it
+began with the teacher, and the other way round.
 
 Students share whatever decides the crops, and a run that differs is refused by name: `seed`,
 `train.batch_size`, the images and how many are drawn, `crops`, `augment`, `engine.precision`, for
