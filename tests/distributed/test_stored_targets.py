@@ -18,7 +18,14 @@ from dinoscale.checkpoint.layout import directory, shard_file
 from dinoscale.checkpoint.load import open_run
 from dinoscale.config.resolve import resolve
 from dinoscale.data.sources.bad_samples import BadSample
-from dinoscale.errors import CheckpointError, ConfigError, DataError, DinoscaleError, OutputError
+from dinoscale.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DinoscaleError,
+    OutputError,
+    UnavailableError,
+)
 from dinoscale.runtime.outputs import sha256
 from tests.distributed.tiny_run import dinov2, tiny_config
 from tests.harness import RankFailedError, run_distributed
@@ -415,7 +422,7 @@ def test_each_micro_batch_is_compared_with_what_its_targets_are_of(root: Path, k
     params, pixels = batch.params.copy(), batch.global_crops.clone()
     params["flip"][0] ^= True
     pixels[1, 0, -1, -1, -1] += 1
-    bad = [BadSample("a.jpg", "cut off", sample_id=0, replaced_by=1, repeat=0)]
+    bad = [BadSample("a.jpg", "stale", sample_id=0, replaced_by=1, repeat=0, unavailable=True)]
     others = {
         "images": (replace(batch, sample_ids=batch.sample_ids + 1), rows),
         "crops": (replace(batch, params=params), rows),
@@ -431,13 +438,14 @@ def test_each_micro_batch_is_compared_with_what_its_targets_are_of(root: Path, k
         "crops": f"{of_crops} .* files of data.train have other contents, or another version",
         "pixels": f"{of_crops} .* start again, or remove that folder and compute them with",
         "restored": rf"{of_crops} .*: b.jpg could not .* \(damaged\), and can be read now; remove",
-        "unreadable": rf"{of_crops} .*: a.jpg cannot be read now \(cut off\)",
+        "unreadable": rf"{of_crops} .*: a.jpg cannot be read now \(stale\)",
         "patches": "the patches of step 0 are others",
     }
     if kind == "restored":
         reader._folder.manifest["shards"][0]["unreadable"].append(listed)
-    with pytest.raises(DataError, match=rf"^distill.targets: {says[kind]}"):
+    with pytest.raises(DataError, match=rf"^distill.targets: {says[kind]}") as raised:
         reader.of(0, 1, *others[kind])
+    assert isinstance(raised.value, UnavailableError) == (kind == "unreadable")
 
 
 def test_a_run_goes_on_with_the_targets_of_its_own_teacher_only(root: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from dinoscale.data.transfer import to_device
 from dinoscale.engine.build import InitialWeights
 from dinoscale.engine.frozen.stored import LAST_LAYER
 from dinoscale.engine.micro_batch import StoredTargets
-from dinoscale.errors import DataError
+from dinoscale.errors import DataError, UnavailableError
 from dinoscale.evaluate.embedding.folder import MANIFEST
 from dinoscale.runtime.launcher_env import Process
 from dinoscale.runtime.opening import on_first_rank
@@ -119,6 +119,7 @@ class TargetReader:
 
         Raises:
             DataError: a file is damaged, or the crops are others.
+            UnavailableError: a file, or an image, cannot be read now.
         """
         for number in range(step, min(step + 1 + _AHEAD, self._plan.stop_step)):
             if number not in self._steps:
@@ -146,11 +147,13 @@ class TargetReader:
             pairs["patches"] = of_patches, rows
         for name, (there, here) in pairs.items():
             if not torch.equal(there, here):
-                why = f"{_DRAWN}; {_REMOVED}"
+                why, error = f"{_DRAWN}; {_REMOVED}", DataError
                 if name == "crops":
                     changed = batch.sample_ids[there != here].tolist()
                     why = self._why_crops_differ(step, batch, changed)
-                raise DataError(
+                    if any(bad.unavailable for bad in batch.bad):
+                        error = UnavailableError
+                raise error(
                     f"{KEY}: the {name} of step {step} are others than those of "
                     f"{self._folder.path}, though the settings agree: {why}"
                 )
