@@ -260,10 +260,6 @@ class _TrainCrops(Dataset[Batch | Failure]):
 def failure(error: Exception) -> Failure:
     """What a worker returns in place of its result."""
     log.debug("the input pipeline failed", exc_info=error)
-    if isinstance(error, BadSampleError) and error.unavailable:
-        return Failure(
-            f"{error}. The image may be intact: make it readable first.", UnavailableError
-        )
     if isinstance(error, DinoscaleError):
         unavailable = isinstance(error, UnavailableError)
         return Failure(str(error), UnavailableError if unavailable else DataError)

@@ -30,7 +30,7 @@ from dinoscale.data.sources.image_files import write_names
 from dinoscale.data.sources.listing import COMPRESSED_TAR, Listing, OtherFiles
 from dinoscale.data.sources.source import Source, StoredSource, open_source
 from dinoscale.data.transfer import to_device
-from dinoscale.errors import ConfigError, DataError
+from dinoscale.errors import ConfigError, DataError, UnavailableError
 from dinoscale.evaluate.features import eval_mode, require_finite
 from dinoscale.evaluate.frozen_backbone import (
     LoadedBackbone,
@@ -213,12 +213,18 @@ class FittedImages:
         self._number = min(len(source), limit or len(source))
 
     def __iter__(self) -> Iterator[FittedImage]:
-        """Yield the usable images; there may be none."""
+        """Yield the usable images; there may be none.
+
+        Raises:
+            UnavailableError: a file cannot be read, which says nothing about its content.
+        """
         bar = tqdm(range(self._number), unit="img", **bar_options(shown=self._progress))
         for index in bar:
             path = self._source.path(index)
             try:
                 fitted = self.read(index)
+            except UnavailableError:  # it says nothing about the image
+                raise
             except DataError as error:
                 self.left_out.append(str(error) if path in str(error) else f"{path}: {error}")
                 log.warning("left out %s", self.left_out[-1])

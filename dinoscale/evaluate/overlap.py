@@ -17,6 +17,7 @@ from dinoscale.data.shards.tar_source import TarSource
 from dinoscale.data.sources.folder import FolderSource, ListSource
 from dinoscale.data.sources.image_files import read_image_file
 from dinoscale.data.sources.source import Source
+from dinoscale.errors import UnavailableError
 
 # Limits that keep a comparison of large sets to seconds on a local disk; small ones are compared
 # whole.
@@ -128,12 +129,14 @@ def _by_digest(source: Stored, numbers: Sequence[int]) -> dict[bytes, list[int]]
 
 
 def _digest(source: Stored, number: int) -> bytes:
-    """Digest of the file of a picture; empty if it cannot be read."""
+    """Digest of the file of a picture; empty for what is no plain file."""
     try:
         if isinstance(source, TarSource):
             data = source.data(number)
         else:
             data = read_image_file(source.path(number))
+    except UnavailableError:
+        raise
     except BadSampleError:
         return b""
     return hashlib.sha256(data).digest()

@@ -84,19 +84,30 @@ class BadSampleError(DataError):
     Attributes:
         path: the file, or `shard.tar::member`.
         reason: one line.
-        unavailable: the file cannot be read now, which says nothing about its content.
     """
 
-    def __init__(self, path: str, reason: str, unavailable: bool = False):
-        super().__init__(path, reason, unavailable)  # all arguments, to survive pickling
+    def __init__(self, path: str, reason: str):
+        super().__init__(path, reason)  # all arguments, to survive pickling
         self.path = path
         self.reason = reason
-        self.unavailable = unavailable
-        if unavailable:
-            self.exit_code = UnavailableError.exit_code
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
+
+    @property
+    def unavailable(self) -> bool:
+        """Whether it is an `UnavailableSampleError`."""
+        return isinstance(self, UnavailableError)
+
+
+class UnavailableSampleError(BadSampleError, UnavailableError):
+    """The file of an image cannot be read now, which says nothing about its content.
+
+    What is measured without it is measured on another set.
+    """
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}. The image may be intact: make it readable first."
 
 
 class Picture:

@@ -3,7 +3,7 @@
 import stat
 from collections.abc import Callable, Iterable
 
-from dinoscale.data.decoding.decode import BadSampleError
+from dinoscale.data.decoding.decode import BadSampleError, UnavailableSampleError
 from dinoscale.data.shards.row_table import RowTable, RowTableWriter
 from dinoscale.data.sources.reopening_file import ReopeningFile
 from dinoscale.errors import DataError
@@ -50,8 +50,8 @@ def read_image_file(path: str, retries: RetryBudget = _RETRIES) -> bytes:
     """All bytes of a file; `retries` decides how long errors of the file system are retried.
 
     Raises:
-        BadSampleError: it cannot be read after retries, is not a plain file, or is too large for
-            a picture.
+        UnavailableSampleError: it cannot be read after retries.
+        BadSampleError: it is not a plain file, or is too large for a picture.
     """
     try:
         with ReopeningFile(path, retries) as file:
@@ -67,6 +67,6 @@ def read_image_file(path: str, retries: RetryBudget = _RETRIES) -> bytes:
         raise BadSampleError(path, f"cannot be read: {error}") from None
 
 
-def unavailable(path: str, error: OSError) -> BadSampleError:
+def unavailable(path: str, error: OSError) -> UnavailableSampleError:
     """The error for an image whose file cannot be read."""
-    return BadSampleError(path, f"cannot be read: {error.strerror or error}", unavailable=True)
+    return UnavailableSampleError(path, f"cannot be read: {error.strerror or error}")

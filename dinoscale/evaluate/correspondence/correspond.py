@@ -20,8 +20,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dinoscale.data.decoding.decode import BadSampleError
-from dinoscale.errors import ConfigError, DataError
+from dinoscale.errors import ConfigError, DataError, UnavailableError
 from dinoscale.evaluate.any_size import (
     SIZE,
     WholeImages,
@@ -307,9 +306,9 @@ def _measure(
         def work(index: int) -> _Result | str:
             try:
                 return matcher.result(index)
+            except UnavailableError:
+                raise
             except DataError as error:
-                if isinstance(error, BadSampleError) and error.unavailable:
-                    raise
                 return str(error)
             finally:
                 bar.update()

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from dinoscale.data.sources.source import Source
-from dinoscale.errors import ConfigError, DataError
+from dinoscale.errors import ConfigError, DataError, UnavailableError
 from dinoscale.evaluate.any_size import Fit
 from dinoscale.evaluate.beside_images import still_there
 from dinoscale.evaluate.dense.object_masks import (
@@ -82,6 +82,7 @@ class Annotations:
         Raises:
             ConfigError: masks and boxes are given.
             DataError: they cannot be read or do not fit, or no image can be scored.
+            UnavailableError: a file cannot be read, which says nothing about its content.
         """
         if self.boxes is None:
             return _of_masks(source, spec, fit, masks=self.masks, indexed=self.indexed)
@@ -129,6 +130,8 @@ def _of_boxes(source: Source, spec: str, fit: Fit, path: str) -> TrueObjects:
         try:
             picture = source.picture(index)
             fit.grid(picture.width, picture.height)
+        except UnavailableError:  # it says nothing about the image
+            raise
         except DataError as error:
             reason = str(error) if where in str(error) else f"{where}: {error}"
             left_out.unreadable.append(reason)

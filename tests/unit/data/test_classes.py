@@ -5,10 +5,10 @@ import pytest
 
 from dinoscale.data.sources.classes import read_classes
 from dinoscale.data.sources.source import Source, open_source
-from dinoscale.errors import DataError
+from dinoscale.errors import DataError, UnavailableError
 from dinoscale.evaluate import overlap
 from dinoscale.evaluate.classification.labelled_sets import renumber_classes
-from dinoscale.evaluate.overlap import equal_pictures
+from dinoscale.evaluate.overlap import equal_pictures, first_of_equals
 from tests.unit.data.conftest import jpeg, write_tar
 
 PICTURE = jpeg(0)
@@ -194,6 +194,11 @@ def test_of_large_sets_a_part_and_equal_names_are_compared(tmp_path: Path) -> No
     for limits, found in (({}, 20), ({"sizes_read": 5}, 5), ({"bytes_read": total / 4}, 5)):
         assert len(equal_pictures(renamed, range(20), whole, **limits)) == found
         assert len(equal_pictures(whole, range(20), whole, **limits)) == 20
+    (tmp_path / "list.txt").write_text(
+        "a/00.jpg\ngone.jpg\ngone.jpg\n"
+    )  # which may be readable later
+    with pytest.raises(UnavailableError, match=r"gone\.jpg: cannot be read"):
+        first_of_equals(open_source(f"{tmp_path}/list.txt"))
 
 
 def test_names_that_every_class_has_cost_no_look_at_all_of_its_files(

@@ -227,7 +227,7 @@ except (DataError, BadSampleError) as error:
         (
             "images/a.jpg",
             0o000,
-            "BadSampleError .*/images/a.jpg: cannot be read: Permission denied",
+            "UnavailableSampleError .*/images/a.jpg: cannot be read: Permission denied",
         ),
         ("images", 0o000, "DataError cannot list the folder .*/images/: Permission denied"),
         ("images/sub", 0o000, "DataError cannot list the folder .*/images/sub/: Permission denied"),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dinoscale import cli
 from dinoscale.data.decoding.decode import Picture
-from dinoscale.errors import ConfigError, DataError
+from dinoscale.errors import ConfigError, DataError, UnavailableError
 from dinoscale.evaluate.any_size import WholeImages
 from dinoscale.evaluate.correspondence.correspond import (
     SHEET,
@@ -242,6 +242,9 @@ def test_points_outside_their_pictures_and_damaged_pictures_are_left_out(
     assert "broken.png: " in broken
     assert "no key point lies on both pictures" in nowhere
     assert "left out 3 key points" in caplog.text
+    (pictures / "list.txt").write_text("cat/a.png\ngone.png\n")  # which may be readable later
+    with pytest.raises(UnavailableError, match=r"gone\.png: cannot be read"):
+        evaluate_correspond(weights, Given(images=f"{pictures}/list.txt", warp=True), size=40)
 
 
 @pytest.mark.parametrize(

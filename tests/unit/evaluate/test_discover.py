@@ -17,8 +17,8 @@ from torch import Tensor
 
 from dinoscale import cli
 from dinoscale.data.sources.source import open_source
-from dinoscale.errors import ConfigError, DataError
-from dinoscale.evaluate.any_size import Fit
+from dinoscale.errors import ConfigError, DataError, UnavailableError
+from dinoscale.evaluate.any_size import Fit, FittedImages
 from dinoscale.evaluate.dense.object_masks import split_objects
 from dinoscale.evaluate.discovery import regions
 from dinoscale.evaluate.discovery.boxes import find_boxes, iou_of_boxes
@@ -368,6 +368,20 @@ def test_an_unreadable_image_with_boxes_is_left_out_with_a_warning(
     (unreadable,) = report["left_out"]["unreadable"]
     assert str(tmp_path / "images" / "b.jpg") in unreadable
     assert f"left out {unreadable}" in caplog.messages
+
+
+def test_an_image_that_cannot_be_read_now_ends_the_measurement(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    images, masks = folders
+    (images / "list.txt").write_text("a.jpg\ngone.jpg\n")
+    source, fit = open_source(f"{images}/list.txt"), Fit(patch=8, size=16)
+    boxes = _save_json(tmp_path, {"a.jpg": [[0, 0, 8, 8]], "gone.jpg": [[0, 0, 8, 8]]})
+    for truth in (Annotations(masks=str(masks)), Annotations(boxes=str(boxes))):
+        with pytest.raises(UnavailableError, match=r"gone\.jpg: cannot be read"):
+            truth.find(source, f"{images}/list.txt", fit)
+    with pytest.raises(UnavailableError, match=r"gone\.jpg: cannot be read"):
+        list(FittedImages(source, fit, limit=None, progress=False))
 
 
 def test_a_mask_that_has_vanished_since_the_start_is_named(folders: tuple[Path, Path]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import dinoscale.runtime.fingerprint
 from dinoscale.data.augmentation.labelled_crops import labelled_crops
-from dinoscale.data.decoding.decode import BadSampleError, Picture
+from dinoscale.data.decoding.decode import Picture, UnavailableSampleError
 from dinoscale.data.sources.folder import FolderSource
 from dinoscale.errors import ConfigError, UnavailableError
 from dinoscale.evaluate import features
@@ -223,7 +223,7 @@ def test_unavailable_images_end_the_measurement(images: Path) -> None:
     class Away(FolderSource):
         def picture(self, index: int) -> Picture:
             if index == 2:
-                raise BadSampleError(self.path(index), "stale file handle", unavailable=True)
+                raise UnavailableSampleError(self.path(index), "stale file handle")
             return super().picture(index)
 
     away = Away(str(images))
