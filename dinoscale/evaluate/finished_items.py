@@ -33,7 +33,7 @@ MOST_BYTES = 2**30  # of all kept results; those of measurements that run were w
 AT_ONCE = 64  # items of each rank between two writes: a minute of TokenCut on a CPU
 
 
-def _always(_: int, __: object) -> bool:
+def _always(_: object, __: object) -> bool:
     return True
 
 
@@ -45,12 +45,12 @@ class Form(Generic[T]):
         encode: makes JSON of it.
         decode: the reverse; KeyError, TypeError, ValueError or AttributeError for something else.
         is_whole: whether the files that belong to a result are as it was found with; takes the
-            place of the item and the result.
+            item and the result.
     """
 
     encode: Callable[[T], Any]
     decode: Callable[[Any], T]
-    is_whole: Callable[[int, T], bool] = _always
+    is_whole: Callable[[Any, T], bool] = _always
 
 
 class FinishedItems:
@@ -78,7 +78,8 @@ class FinishedItems:
         """Let every rank do its share of independent items; all ranks of a job call it.
 
         Args:
-            items: the same on every rank, and at every start.
+            items: the same on every rank. JSON of an item says, under the fingerprint, which one it
+                is: at another start they may be others, or in another order.
             work: makes the result of an item.
             form: of a result in the file.
             at_once: items of each rank between two writes; None: `AT_ONCE`.
@@ -91,19 +92,20 @@ class FinishedItems:
         """
         if not self._is_kept:
             return each_on_a_rank(items, work)
-        read = distributed.together(partial(self._read, form, most=len(items)))
+        by_key = {json.dumps(item): item for item in items}
+        read = distributed.together(partial(self._read, form, by_key))
         done = distributed.broadcast_object(read)
         if done:
-            log.info("%d of %d results are those of an earlier start", len(done), len(items))
-        missing = [number for number in range(len(items)) if number not in done]
+            log.info("%d of %d results are those of an earlier start", len(done), len(by_key))
+        missing = [key for key in by_key if key not in done]
         share = (at_once or AT_ONCE) * distributed.world_size()
         for first in range(0, len(missing), share):
-            numbers = missing[first : first + share]
-            found = each_on_a_rank([items[number] for number in numbers], work)
-            new = dict(zip(numbers, found, strict=True))
-            self._add((number, form.encode(result)) for number, result in new.items())
+            keys = missing[first : first + share]
+            found = each_on_a_rank([by_key[key] for key in keys], work)
+            new = dict(zip(keys, found, strict=True))
+            self._add((by_key[key], form.encode(result)) for key, result in new.items())
             done.update(new)
-        return [done[number] for number in range(len(items))]
+        return [done[json.dumps(item)] for item in items]
 
     def forget(self) -> None:
         """Remove the results, which are reported; a failure is only a warning."""
@@ -115,21 +117,21 @@ class FinishedItems:
         except OSError as error:
             log.warning("cannot remove results that are reported (%s)", error)
 
-    def _read(self, form: Form[T], *, most: int) -> dict[int, T]:
-        """Results by the places of their items; empty on other ranks than 0."""
+    def _read(self, form: Form[T], by_key: Mapping[str, Item]) -> dict[str, T]:
+        """Results of these items by their JSON; empty on other ranks than 0."""
         if self._path is None:
             return {}
-        found, damaged = dict[int, T](), 0
+        found, damaged = dict[str, T](), 0
         try:
             with open(self._path, "rb") as lines:
                 for line in lines:
                     try:
-                        number, result = _decoded(line, form)
+                        key, result = _decoded(line, form)
                     except (ValueError, TypeError, KeyError, AttributeError):
                         damaged += line != b"\n"
                         continue
-                    if number in range(most) and form.is_whole(number, result):
-                        found[number] = result
+                    if key in by_key and form.is_whole(by_key[key], result):
+                        found[key] = result
         except FileNotFoundError:
             return {}
         except OSError as error:
@@ -138,8 +140,8 @@ class FinishedItems:
             log.warning("%s: measuring again in place of %d damaged lines", self._path, damaged)
         return found
 
-    def _add(self, results: Iterable[tuple[int, Any]]) -> None:
-        """Append results; a failure is only a warning."""
+    def _add(self, results: Iterable[tuple[object, Any]]) -> None:
+        """Append items with their results; a failure is only a warning."""
         if self._path is None:
             return
         try:
@@ -155,9 +157,10 @@ class FinishedItems:
             log.warning("cannot keep results for another start (%s)", error)
 
 
-def _decoded(line: bytes, form: Form[T]) -> tuple[int, T]:
-    number, said = json.loads(line)
-    return number, form.decode(said)
+def _decoded(line: bytes, form: Form[T]) -> tuple[str, T]:
+    """JSON of an item, and its result."""
+    item, said = json.loads(line)
+    return json.dumps(item), form.decode(said)
 
 
 def _size(path: str) -> int:

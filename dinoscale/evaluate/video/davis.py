@@ -117,11 +117,12 @@ def _measure_all(
 ) -> list[dict[str, Any]]:
     """Track the objects of all videos; each is written as soon as it is done."""
     fresh = loaded.untrained() if untrained else None
+    of_name = {video.name: (video, folder) for video, folder in zip(videos, folders, strict=True)}
     total = sum(len(video.frames) for video in videos) * (2 if untrained else 1)
     with tqdm(total=total, unit="frame", **bar_options(shown=loaded.options.progress)) as bar:
 
-        def work(number: int) -> _Result:
-            video, folder = videos[number], folders[number]
+        def work(name: str) -> _Result:
+            video, folder = of_name[name]
             bar.set_description(video.name)
             scores = _measure(loaded, video, settings=settings, folder=folder, bar=bar)
             if fresh is not None:
@@ -132,14 +133,14 @@ def _measure_all(
             _save_scores(scores, folder)
             return scores, _digest(video, folder)
 
-        def is_whole(number: int, result: _Result) -> bool:
-            folder, (_, written) = folders[number], result
+        def is_whole(name: str, result: _Result) -> bool:
+            (video, folder), (_, written) = of_name[name], result
             if folder is None:
                 return True
-            return written is not None and written == _digest(videos[number], folder)
+            return written is not None and written == _digest(video, folder)
 
         form = Form[_Result](list, _decoded, is_whole)
-        found = kept.each(range(len(videos)), work, form, at_once=1)
+        found = kept.each([*of_name], work, form, at_once=1)
         return [scores for scores, _ in found]
 
 

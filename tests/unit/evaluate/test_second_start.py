@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import resource
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch) -> Interrupt:
     def interrupt(times: int) -> None:
         kept = []
 
-        def add_and_end(items: FinishedItems, results: Iterable[tuple[int, Any]]) -> None:
+        def add_and_end(items: FinishedItems, results: Iterable[tuple[object, Any]]) -> None:
             add(items, results)
             kept.append(results)
             if len(kept) == times:
@@ -65,8 +65,13 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch) -> Interrupt:
     return interrupt
 
 
-def _start(fingerprint: dict[str, object] | None, *, fails_at: int | None = None) -> list[int]:
-    """Which of five items a start computes."""
+def _start(
+    fingerprint: dict[str, object] | None,
+    items: Sequence[int] = range(5),
+    *,
+    fails_at: int | None = None,
+) -> list[int]:
+    """Which items a start computes."""
     computed = []
 
     def work(item: int) -> str:
@@ -77,8 +82,8 @@ def _start(fingerprint: dict[str, object] | None, *, fails_at: int | None = None
 
     kept = FinishedItems(fingerprint, CPU)
     try:
-        found = kept.each(range(5), work, FORM, at_once=2)
-        assert found == [f"result {item}" for item in range(5)]
+        found = kept.each(items, work, FORM, at_once=2)
+        assert found == [f"result {item}" for item in items]
     except KeyboardInterrupt:
         pass
     return computed
@@ -92,6 +97,7 @@ def test_a_second_start_computes_what_is_missing(cache: Path) -> None:
     assert _start(OF_FILES, fails_at=4) == []
     assert _start(OF_FILES) == [4]
     assert _start(OF_FILES) == []
+    assert _start(OF_FILES, [4, 7, 1]) == [7]  # of an image that could not be read before
     others = ({**OF_FILES, "command": {"size": 48}}, None, {"input": {"data": "synthetic:shapes"}})
     assert [_start(other) for other in others] == [[0, 1, 2, 3, 4]] * 3
     assert len(list(cache.iterdir())) == 2  # of generated images nothing is kept
