@@ -16,13 +16,14 @@ from dinoscale.cli.arguments import add_config
 from dinoscale.cli.checkpoints import add_checkpoints
 from dinoscale.cli.convert import add_convert
 from dinoscale.cli.embed import add_embed
-from dinoscale.cli.evaluation.evaluate import add_evaluate
+from dinoscale.cli.evaluation.evaluate import add_evaluate, forget_finished
 from dinoscale.cli.launch import add_launch
 from dinoscale.cli.planning import add_planning
 from dinoscale.cli.ranks import load_and_import, on_all_ranks, require_one_process, tell_others
 from dinoscale.cli.sweep import add_sweep
 from dinoscale.errors import LaunchError
 from dinoscale.runtime.launcher_env import read_process
+from dinoscale.runtime.logs import stdout_error
 
 _EPILOG = """examples:
   dinoscale train vit_s16 data.train=/data/images run_dir=runs/first
@@ -135,6 +136,8 @@ def run(arguments: Sequence[str]) -> bool:
         result = run_here()
     if result is not None:
         print(json.dumps(result), flush=True)
+        if options.command == "evaluate" and stdout_error() is None:
+            forget_finished(result)
     return options.command in _RESULT_ON_DISK
 
 

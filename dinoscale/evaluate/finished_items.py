@@ -1,4 +1,4 @@
-"""Results of single images, pairs or videos, kept until the measurement that needs them is done.
+"""Results of single images, pairs or videos, kept until the report that needs them is written.
 
 After an interruption, the same command computes only the results that are missing. They lie in the
 cache folder as JSON lines, under the fingerprint of the measurement: its input files, options and
@@ -8,6 +8,7 @@ code. Rank 0 alone reads and writes, so that any number of ranks may go on.
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import logging
 import os
@@ -54,7 +55,7 @@ class Form(Generic[T]):
 
 
 class FinishedItems:
-    """The results that earlier starts of a measurement have left.
+    """The results that earlier starts of a measurement have left; they stay until `forget`.
 
     Args:
         fingerprint: of the measurement, on rank 0; None keeps nothing. Nor is anything kept of
@@ -64,7 +65,12 @@ class FinishedItems:
     """
 
     def __init__(self, fingerprint: Fingerprint | None, device: torch.device, *, of: str = ""):
-        self._path = _path_of(fingerprint, device, of) if distributed.rank() == 0 else None
+        self._path = None
+        try:
+            if distributed.rank() == 0 and _names_files(fingerprint):
+                self._path = f"{_start_of_path(fingerprint)}-{device.type}-{of}.jsonl"
+        except OSError as error:
+            log.warning("cannot keep results for another start (%s)", error)
         self._is_kept = bool(distributed.broadcast_object(self._path is not None))
 
     def each(
@@ -107,16 +113,6 @@ class FinishedItems:
             done.update(new)
         return [done[json.dumps(item)] for item in items]
 
-    def forget(self) -> None:
-        """Remove the results, which are reported; a failure is only a warning."""
-        try:
-            if self._path is not None:
-                os.unlink(self._path)
-        except FileNotFoundError:
-            pass  # there are none, or the same command removed them meanwhile
-        except OSError as error:
-            log.warning("cannot remove results that are reported (%s)", error)
-
     def _read(self, form: Form[T], by_key: Mapping[str, Item]) -> dict[str, T]:
         """Results of these items by their JSON; empty on other ranks than 0."""
         if self._path is None:
@@ -157,6 +153,27 @@ class FinishedItems:
             log.warning("cannot keep results for another start (%s)", error)
 
 
+def forget(report: Mapping[str, object]) -> None:
+    """Remove the results that a report was made from; a failure is only a warning.
+
+    Args:
+        report: written already, with the fingerprint of the measurement as `made_from`.
+    """
+    fingerprint = report.get("made_from")
+    if not _names_files(fingerprint):
+        return
+    try:
+        start = _start_of_path(fingerprint)
+    except OSError:
+        return  # there is no cache folder, so nothing is kept
+    try:
+        for path in glob.glob(f"{glob.escape(start)}-*.jsonl"):
+            with suppress(FileNotFoundError):  # the same command removed it meanwhile
+                os.unlink(path)
+    except OSError as error:
+        log.warning("cannot remove results that are reported (%s)", error)
+
+
 def _decoded(line: bytes, form: Form[T]) -> tuple[str, T]:
     """JSON of an item, and its result."""
     item, said = json.loads(line)
@@ -176,13 +193,12 @@ def _append(path: str, text: bytes) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
 
-def _path_of(fingerprint: Fingerprint | None, device: torch.device, of: str) -> str | None:
-    inputs = (fingerprint or {}).get("input")
-    if not isinstance(inputs, Mapping) or any(isinstance(x, str) for x in inputs.values()):
-        return None  # a text stands for generated images
-    key = json.dumps([fingerprint, device.type, of], sort_keys=True)
-    try:
-        return f"{cached_file('finished', [key])}.jsonl"
-    except OSError as error:
-        log.warning("cannot keep results for another start (%s)", error)
-        return None
+def _names_files(fingerprint: object) -> bool:
+    """Whether it is that of a measurement of files; of generated images, it holds a text."""
+    inputs = fingerprint.get("input") if isinstance(fingerprint, Mapping) else None
+    return isinstance(inputs, Mapping) and not any(isinstance(x, str) for x in inputs.values())
+
+
+def _start_of_path(fingerprint: object) -> str:
+    """The start of the paths of all results of a measurement; OSError as of `cached_file`."""
+    return cached_file("finished", [json.dumps(fingerprint, sort_keys=True)])

@@ -116,6 +116,13 @@ def _report(measure: Measure, options: argparse.Namespace) -> dict[str, Any] | N
     return report
 
 
+def forget_finished(report: dict[str, Any]) -> None:
+    """Remove what was kept for another start, once the report is printed."""
+    from dinoscale.evaluate.finished_items import forget
+
+    forget(report)
+
+
 def _is_shared(options: argparse.Namespace) -> bool:
     by_options = {
         "linear": getattr(options, "no_augmentation", False),

@@ -162,8 +162,6 @@ def evaluate_transfer(
         fresh = extractor.untrained()
         sets = {spec: _features(fresh, spec) for spec in specs}
         report["untrained"] = _means(_measure(sets, plan, fits[1], progress=options.progress))
-    for kept in fits:
-        kept.forget()
     return report
 
 

@@ -194,7 +194,6 @@ def evaluate_correspond(
     )
     if out is not None:
         report["picture"] = _draw(matcher, results, Path(out))
-    kept.forget()
     return report
 
 

@@ -222,7 +222,6 @@ def evaluate_discover(
         report["untrained"] = _score([r.untrained for r in results if r.untrained is not None])
     if out is not None:
         report["picture"] = _write(finder, truth, results, Path(out))
-    kept.forget()
     return report
 
 

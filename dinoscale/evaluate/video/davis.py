@@ -102,7 +102,6 @@ def evaluate_video(
     )
     if untrained:
         report["untrained"] = _mean(found, "untrained")
-    kept.forget()
     return {**report, "sequences": found, "out": None if out is None else str(out)}
 
 

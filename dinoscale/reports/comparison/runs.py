@@ -103,6 +103,8 @@ def _saved(job: Job, where: str) -> dict[str, object] | None:
 
 def _measure(job: Job) -> tuple[dict[str, object] | None, str]:
     """The report, or the error."""
+    from dinoscale.evaluate.finished_items import forget  # loads torch, as the task does
+
     try:
         report = job.measure()
     except DinoscaleError as error:
@@ -113,4 +115,5 @@ def _measure(job: Job) -> tuple[dict[str, object] | None, str]:
         return None, f"{type(error).__name__}: {error}"
     assert report is not None  # one process
     write_file(job.result, f"{json.dumps(report)}\n".encode())
+    forget(report)
     return read_report(job.result), ""

@@ -314,17 +314,24 @@ def test_other_images_of_the_same_names_are_measured_again(
 
 
 def test_pictures_of_each_weights_are_its_own(
-    colors: Colors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    colors: Colors,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("DINOSCALE_CACHE", str(cache))
     other = tmp_path / "other.safetensors"
     other.write_bytes(colors.weights.read_bytes())
-    task = f"attention {colors.test} --size 16 --limit 1"
+    task = f"correspond --images {colors.test} --warp --size 32 --limit 1"
     _compare(colors.weights, other, "--out", tmp_path / "out", "--task", task)
     capsys.readouterr()
-    assert len(list((tmp_path / "out" / "results").glob("*/attention-sheet.png"))) == 2
+    assert len(list((tmp_path / "out" / "results").glob("*/correspond-sheet.png"))) == 2
     page = _Seen()
     page.feed((tmp_path / "out" / "compare.html").read_text())
-    assert len(page.addresses) == 2
+    drawn = [address for address in page.addresses if address.startswith("data:image/png")]
+    assert len(drawn) == 2  # the plot is an SVG
+    assert not list(cache.glob("finished-*"))  # of results that are reported
 
 
 @pytest.mark.parametrize(

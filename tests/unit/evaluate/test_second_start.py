@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import io
 import logging
+import re
 import resource
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,21 +16,17 @@ import pytest
 import torch
 from PIL import Image
 
+from dinoscale import cli
 from dinoscale.evaluate import finished_items
 from dinoscale.evaluate.classification import transfer
-from dinoscale.evaluate.classification.transfer import Plan, evaluate_transfer
-from dinoscale.evaluate.correspondence.correspond import Given, evaluate_correspond
 from dinoscale.evaluate.dense.mask_pictures import save_mask
-from dinoscale.evaluate.discovery.discover import evaluate_discover
-from dinoscale.evaluate.discovery.truth import Annotations
-from dinoscale.evaluate.finished_items import FinishedItems, Form
-from dinoscale.evaluate.frozen_backbone import ExtractionOptions, LoadOptions
+from dinoscale.evaluate.finished_items import FinishedItems, Form, forget
+from dinoscale.evaluate.frozen_backbone import ExtractionOptions
 from dinoscale.evaluate.label_free.rank import Samples, evaluate_rank
 from dinoscale.evaluate.retrieval.copies import Settings as CopySettings
 from dinoscale.evaluate.retrieval.copies import evaluate_made_copies
 from dinoscale.evaluate.retrieval.retrieve import evaluate_retrieve
-from dinoscale.evaluate.video.davis import evaluate_video
-from dinoscale.evaluate.video.propagation import Settings as VideoSettings
+from dinoscale.runtime import logs
 from tests.unit.evaluate.conftest import Colors
 from tests.unit.evaluate.tiny_files import save_picture, save_weights
 
@@ -101,7 +99,7 @@ def test_a_second_start_computes_what_is_missing(cache: Path) -> None:
     others = ({**OF_FILES, "command": {"size": 48}}, None, {"input": {"data": "synthetic:shapes"}})
     assert [_start(other) for other in others] == [[0, 1, 2, 3, 4]] * 3
     assert len(list(cache.iterdir())) == 2  # of generated images nothing is kept
-    FinishedItems(OF_FILES, CPU).forget()
+    forget({"made_from": OF_FILES})
     assert not file.exists()
 
 
@@ -159,7 +157,7 @@ def test_a_file_that_cannot_be_read_or_removed_stops_nothing(
     file.unlink()
     file.mkdir()
     assert _start(OF_FILES) == [0, 1, 2, 3, 4]
-    FinishedItems(OF_FILES, CPU).forget()
+    forget({"made_from": OF_FILES})
     assert "cannot read" in caplog.text
     assert "cannot remove" in caplog.text
 
@@ -179,27 +177,18 @@ def test_the_limit_counts_the_file_of_the_running_measurement(
     assert "above the limit" in caplog.text
 
 
-def _discover(weights: Path, place: Path, **more: Any) -> dict[str, Any]:
-    images, masks = place / "images", Annotations(str(place / "masks"), None, True)
-    return evaluate_discover(weights, str(images), annotations=masks, size=16, **more)
+OF_TASK = {
+    "discover": "{0}/images --masks {0}/masks --indexed --size 16 --out {1} --untrained",
+    "correspond": "--images {0}/images --warp --size 32 --out {1} --untrained",
+    "video": "{0}/videos --size 64 --out {1} --untrained",
+    "transfer": "--sets {0}/classes/a {0}/classes/b --shots 1 --seeds 1 --c 1 --num-workers 0"
+    " --untrained",
+}
 
 
-def _correspond(weights: Path, place: Path, **more: Any) -> dict[str, Any]:
-    given = Given(images=str(place / "images"), warp=True)
-    return evaluate_correspond(weights, given, size=32, **more)
-
-
-def _video(weights: Path, place: Path, **more: Any) -> dict[str, Any]:
-    settings = VideoSettings(size=64)
-    return evaluate_video(weights, str(place / "videos"), settings=settings, **more)
-
-
-def _transfer(weights: Path, place: Path, *, out: Path, **more: Any) -> dict[str, Any]:
-    assert out  # of the others
-    plan = Plan(shots=(), seeds=1, cs=(1.0,))
-    options = ExtractionOptions(num_workers=0, device="cpu", progress=False, cache=False)
-    sets = [str(place / "classes" / name) for name in "ab"]
-    return evaluate_transfer(weights, sets, plan=plan, **{**more, "options": options})
+def _measure(task: str, place: Path, out: Path, *more: str) -> None:
+    words = OF_TASK[task].format(place, out).split()
+    cli.run(["evaluate", task, f"{place}/w.safetensors", *words, *more])
 
 
 @pytest.fixture(scope="module")
@@ -222,31 +211,42 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("measure", [_discover, _correspond, _video, _transfer])
+@pytest.mark.parametrize("task", OF_TASK)
 def test_an_interrupted_task_goes_on_to_the_same_report(
-    measure: Callable[..., dict[str, Any]],
+    task: str,
     place: Path,
     cache: Path,
     interrupt_after: Interrupt,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    options = LoadOptions(device="cpu", progress=False)
-    how = {"options": options, "untrained": True, "out": tmp_path / "out"}
+    out = tmp_path / "out"
 
-    def written() -> dict[str, str]:
-        return {path.name: path.read_text() for path in (tmp_path / "out").rglob("*.json")}
+    def found() -> tuple[str, dict[str, str]]:
+        return capsys.readouterr().out, {
+            path.name: path.read_text() for path in out.rglob("*.json")
+        }
 
-    whole = json.dumps(measure(place / "w.safetensors", place, **how)), written()
+    _measure(task, place, out)
+    whole = found()
     interrupt_after(1)
     with pytest.raises(KeyboardInterrupt):
-        measure(place / "w.safetensors", place, fingerprint=OF_FILES, **how)
+        _measure(task, place, out)
     interrupt_after(0)
-    with caplog.at_level(logging.INFO):
-        again = measure(place / "w.safetensors", place, fingerprint=OF_FILES, **how)
-    assert (json.dumps(again), written()) == whole
-    assert "1 of 2 results are those of an earlier start" in caplog.text
-    assert not list(cache.iterdir())  # reported, so that another command measures anew
+    caplog.set_level(logging.INFO)
+    with monkeypatch.context() as closed:
+        lost = io.StringIO()
+        lost.close()
+        closed.setattr(sys, "stdout", logs._Lossy(lost, waits=True))
+        _measure(task, place, out)
+    assert re.search(r"1 of \d results are those of an earlier start", caplog.text)
+    caplog.clear()
+    _measure(task, place, out)  # all results are kept, as no report had them
+    assert found() == whole
+    assert re.search(r"(\d) of \1 results are those of an earlier start", caplog.text)
+    assert not list(cache.glob("finished-*"))  # reported, so that another command measures anew
 
 
 @pytest.mark.usefixtures("cache")
@@ -254,21 +254,19 @@ def test_videos_of_another_start_count_only_with_the_files_that_it_wrote(
     place: Path, interrupt_after: Interrupt, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    options = LoadOptions(device="cpu", progress=False)
-    how = {"options": options, "out": out, "fingerprint": OF_FILES}
 
     def written() -> dict[Path, bytes]:
         return {path: path.read_bytes() for path in out.rglob("*.[pgj]*")}
 
     interrupt_after(2)
     with pytest.raises(KeyboardInterrupt):
-        _video(place / "w.safetensors", place, **how)
+        _measure("video", place, out)
     interrupt_after(0)
     whole = written()
     assert len(whole) == 2 * (3 + 2)
     save_mask(np.zeros((48, 40), np.uint8), out / "a" / "00001.png")  # as of another network
     (out / "b" / "00001.png").unlink()
-    _video(place / "w.safetensors", place, **how)
+    _measure("video", place, out)
     assert written() == whole
 
 
