@@ -121,9 +121,9 @@ def add_num_workers(task: argparse.ArgumentParser, *, of: str = "", of_rank: str
     add_number(task, "--num-workers", f"{of}processes{of_rank} that decode images", default=2)
 
 
-def add_no_cache(task: argparse.ArgumentParser, *, of: str = "") -> None:
-    """Add --no-cache; `of` precedes its help."""
-    says = f"{of}neither read nor cache features"
+def add_no_cache(task: argparse.ArgumentParser, *, of: str = "", also: str = "") -> None:
+    """Add --no-cache; `of` precedes its help, `also` ends it."""
+    says = f"{of}neither read nor cache features{also}"
     task.add_argument("--no-cache", action="store_true", help=says)
 
 

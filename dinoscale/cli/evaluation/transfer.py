@@ -54,7 +54,7 @@ def add_transfer(tasks: SubCommands) -> None:
     add_batch_size(transfer)
     add_num_workers(transfer, of_rank=" of each rank")
     add_untrained(transfer)
-    add_no_cache(transfer)
+    add_no_cache(transfer, also=", nor regressions of an interrupted start")
     transfer.set_defaults(run=_evaluate_transfer)
 
 
@@ -76,7 +76,7 @@ def _evaluate_transfer(options: argparse.Namespace) -> dict[str, Any]:
             cs=tuple(options.c or C_CHOICES),
         ),
         untrained=options.untrained,
-        fingerprint=options.fingerprint,
+        fingerprint=None if options.no_cache else options.fingerprint,
         options=extraction_options(
             options,
             resize=options.resize,

@@ -250,6 +250,15 @@ def test_an_interrupted_task_goes_on_to_the_same_report(
 
 
 @pytest.mark.usefixtures("cache")
+def test_no_cache_keeps_no_regressions(place: Path, interrupt_after: Interrupt) -> None:
+    interrupt_after(1)
+    try:
+        _measure("transfer", place, place, "--no-cache")
+    except KeyboardInterrupt:
+        pytest.fail("a regression was kept")
+
+
+@pytest.mark.usefixtures("cache")
 def test_videos_of_another_start_count_only_with_the_files_that_it_wrote(
     place: Path, interrupt_after: Interrupt, tmp_path: Path
 ) -> None:
