@@ -9,7 +9,8 @@ of other pairs is
       "target_box": [left, top, right, bottom],     may be left out
       "category": "cat"}, ...]                      likewise
 
-with points in pixels of the upright pictures, from their left upper edge, in the same order.
+with names of pictures below --images, and points in pixels of the upright pictures, from their left
+upper edge, in the same order.
 
 Shape letter: K key points.
 Source: Min et al. 2019 (arXiv:1908.10543) for SPair-71k.
@@ -73,7 +74,7 @@ def read_pairs(
 
     Raises:
         ConfigError: an option does not fit the pairs.
-        DataError: they cannot be read, or a picture of one is missing.
+        DataError: they cannot be read, or a picture of one is missing or outside of `images`.
     """
     place = Path(os.path.expanduser(path))
     is_spair = (place / _PAIRS).is_dir()
@@ -167,9 +168,20 @@ def _pair(where: str, entry: Any, root: Path) -> Pair:
             f"{where}: has {len(points)} points in the source, {len(places)} in the target."
             " Name those that both show, in the same order."
         )
+    _require_below(root, pair)
     if pair.target_box is not None and not (pair.target_box[2:] > pair.target_box[:2]).all():
         raise DataError(f"{where}: the target's box {pair.target_box.tolist()} is empty.")
     return pair
+
+
+def _require_below(root: Path, pair: Pair) -> None:
+    """Pictures must be below their folder: changes of others would not be noticed."""
+    for path in (pair.source, pair.target):
+        if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root)):
+            raise DataError(
+                f"{pair.where}: its picture {path} is not below {root}. Put it there, or give"
+                " --images a folder above all pictures, and names relative to that."
+            )
 
 
 def _points(values: Sequence[Sequence[float]], *, width: int) -> Points:

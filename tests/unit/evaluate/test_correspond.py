@@ -258,6 +258,8 @@ def test_points_outside_their_pictures_and_damaged_pictures_are_left_out(
         (_entry(source_points=[[math.inf, 2], [1, 1]]), "no finite number"),
         (_entry(target_box=[5, 5, 5, 9]), r"the target's box \[5.0, 5.0, 5.0, 9.0\] is empty"),
         ("a pair", "pair 0: need source"),
+        (_entry(source="../pairs.json"), r"its picture .*/\.\./pairs\.json is not below .*Images"),
+        (_entry(target="/etc/hosts"), r"pair 0: its picture /etc/hosts is not below"),
     ],
 )
 def test_wrong_pairs_are_refused(
