@@ -46,5 +46,5 @@ elif (($#)); then
   stage pytest python -m pytest "$@"
 else
   stage packages packages
-  stage pytest python -m pytest "${workers[@]}" --durations 10 -rs
+  stage pytest python -m pytest "${workers[@]}" --durations 10 -r fEs
 fi

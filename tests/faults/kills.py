@@ -30,6 +30,7 @@ from tests.ports import free_port
 
 _STEPS_PER_START = 7  # at most; a checkpoint comes every third step
 _SLOW_DISK_S = 0.05  # of each file, so that a kill can fall into a save
+_SLOWER_DISK_S = 0.25  # where it has to, also if a busy machine notices the save late
 _STARTING_S = 1.0  # a kill at step 0 falls into the time before the first step
 LAUNCHERS = {
     "torchrun": ["torchrun", "--nproc-per-node", str(RANKS), "--master-port", "PORT", "-m"],
@@ -205,7 +206,8 @@ def _run_until(config: Path, moment: Moment) -> None:
     if moment.target in LAUNCHERS:
         _kill_launcher(config, moment, overrides, has_come)
         return
-    run = RunProcesses(config, *overrides, slow_disk_s=_SLOW_DISK_S, quick_verdict=True)
+    slow_disk_s = _SLOWER_DISK_S if moment.in_save else _SLOW_DISK_S
+    run = RunProcesses(config, *overrides, slow_disk_s=slow_disk_s, quick_verdict=True)
     assert run.wait_until(has_come), "the run ended by itself\n" + run.said()
     time.sleep(moment.delay_s)
     pids = run.pids()
