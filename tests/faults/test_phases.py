@@ -58,6 +58,9 @@ ELASTIC = {
     "by_stage_0": [(1, 0, 6), (2, 3, 8), (2, 3, 8)],
     "by_stage_3": [(1, 3, 8), (2, 0, 8)],
 }
+# As the whole run goes on, but for rates that differ by ten roundings: how far roundings carry.
+NUDGED = [(2, 2, 8), (2, 2, 8)]
+_NUDGES = ["phases.gram.optim.lr=0.01000001", "phases.large.optim.lr=0.01000001"]
 
 
 def _phases(folder: Path) -> Path:
@@ -160,7 +163,7 @@ def others(tmp_path_factory: pytest.TempPathFactory, whole: list[Path]) -> Path:
     config = _phases(root)
     one: list[RunConfig] = []
     two: list[RunConfig] = []
-    for name, parts in ELASTIC.items():
+    for name, parts in {**ELASTIC, "nudged": NUDGED}.items():
         _copy_until_amid(whole, root / name)
         for ranks, stage, last in parts:
             of_ranks = [
@@ -168,6 +171,7 @@ def others(tmp_path_factory: pytest.TempPathFactory, whole: list[Path]) -> Path:
                 f"engine.zero_stage={stage}",
                 f"train.micro_batch_size={BATCH // 2 // ranks}",  # what batch norm and KoLeo see
                 f"phases.gram.train.stop_after_steps={last}",
+                *(_NUDGES if name == "nudged" else []),
             ]
             (one if ranks == 1 else two).append(load_config(str(config), of_ranks))
     small, gram, large = phases_of(load_config(str(config)))
@@ -200,15 +204,31 @@ def _first_steps(run: RunConfig, run_dir: Path, *, seed: int, **changes: Any) ->
     return parse_config(values)
 
 
+@pytest.fixture(scope="module")
+def tolerance(others: Path, whole: list[Path]) -> float:
+    """Relative, of a number of a step: ten times what ten roundings make of it on this machine."""
+    spread = 0.0
+    for there in whole:
+        nudged, numbers = losses(others / "nudged" / "phases" / there.name), losses(there)
+        for step, expected in numbers.items():
+            pairs = zip(nudged[step], expected, strict=True)
+            spread = max(spread, *(abs(x - y) / max(abs(y), 0.01) for x, y in pairs))
+    assert 0 < spread < 1e-3, "more would hide mistakes"
+    return 10 * spread
+
+
 @pytest.mark.parametrize("name", ELASTIC)
-def test_the_gram_phase_goes_on_elsewhere(others: Path, whole: list[Path], name: str) -> None:
+def test_the_gram_phase_goes_on_elsewhere(
+    others: Path, whole: list[Path], tolerance: float, name: str
+) -> None:
     for there in whole:
         here = others / name / "phases" / there.name
         assert newest_step(here) == newest_step(there)
         found, expected = losses(here), losses(there)
         assert found.keys() == expected.keys()
         for step, numbers in expected.items():
-            assert found[step] == pytest.approx(numbers, rel=1e-5, abs=1e-7), (there.name, step)
+            near = pytest.approx(numbers, rel=tolerance, abs=0.01 * tolerance)
+            assert found[step] == near, (there.name, step)
         counts = [Checkpoint(checkpoints(path)[-1]).gram_refreshes for path in (here, there)]
         assert counts[0] == counts[1]
 
