@@ -67,6 +67,10 @@ class LostPeerError(RunFailedError):
     """Another rank ended or cannot be reached."""
 
 
+class OutOfStepError(RunFailedError):
+    """This rank failed within a collective, in which the others wait until it has ended."""
+
+
 class PreemptedError(DinoscaleError):
     """A signal, Ctrl-C or the end of the launcher stopped the run; the same command continues it.
 

@@ -136,7 +136,8 @@ def run(arguments: Sequence[str]) -> bool:
         result = run_here()
     if result is not None:
         print(json.dumps(result), flush=True)
-        if options.command == "evaluate" and stdout_error() is None:
+        keeps = options.command == "evaluate" and not getattr(options, "no_cache", False)
+        if keeps and stdout_error() is None:
             forget_finished(result)
     return options.command in _RESULT_ON_DISK
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 from collections import defaultdict
@@ -18,6 +19,8 @@ from dinoscale.data.sources.folder import FolderSource, ListSource
 from dinoscale.data.sources.image_files import read_image_file
 from dinoscale.data.sources.source import Source
 from dinoscale.errors import UnavailableError
+
+log = logging.getLogger(__name__)
 
 # Limits that keep a comparison of large sets to seconds on a local disk; small ones are compared
 # whole.
@@ -45,13 +48,20 @@ class Overlap:
 
 
 def find_overlap(some: Source, whole: Source) -> Overlap:
-    """Find pictures of a labelled set in another one; a synthetic set overlaps only with itself."""
+    """Find pictures of a labelled set in another one; a synthetic set overlaps only with itself.
+
+    Where a file cannot be read, a warning says that nothing was looked for.
+    """
     if not (isinstance(some, Stored) and isinstance(whole, Stored)):
         labels = some.labels
         found = len(labels) if some == whole and labels is not None else 0
         return Overlap(found, found, some.path(0) if found else "")
     numbers = range(0, len(some), math.ceil(len(some) / LOOKED_FOR))
-    pairs = equal_pictures(some, numbers, whole, sizes_read=SIZES_READ, bytes_read=BYTES_READ)
+    try:
+        pairs = equal_pictures(some, numbers, whole, sizes_read=SIZES_READ, bytes_read=BYTES_READ)
+    except UnavailableError as error:  # whoever needs the image says so
+        log.warning("two sets are not searched for pictures that both have: %s", error)
+        return Overlap(0, 0, "")
     shared = sorted({number for of_one in pairs.values() for number in of_one})
     return Overlap(len(shared), len(numbers), some.path(shared[0]) if shared else "")
 

@@ -287,11 +287,12 @@ class NoCopy(torch.nn.Module):
 def knn_that_fails(failing: int) -> tuple[bool, list[str]]:
     """On every rank: one runs out of memory in k-NN, one was asked to stop; whether all stop.
 
-    Then the backbone of stage 3 does not fit, either; and what is said of both.
+    Then the backbone of stage 3 does not fit, either; and what is said of both. An error of one
+    rank while all gather it is none that they share, and ends the run.
     """
     from dinoscale.engine.frozen.weights import Partitioned
     from dinoscale.engine.teacher import Teacher
-    from dinoscale.errors import PreemptedError
+    from dinoscale.errors import OutOfStepError, PreemptedError
     from dinoscale.runtime import distributed
     from dinoscale.training.hooks.measuring import Measuring
 
@@ -309,6 +310,10 @@ def knn_that_fails(failing: int) -> tuple[bool, list[str]]:
     teacher: Any = Teacher.__new__(Teacher)
     teacher._weights = weights
     assert measuring.attempt("k-NN", measure, teacher, 8) is None
+    weights._skeleton = SimpleNamespace(backbone=torch.nn.Linear(3, 3))
+    weights.network = SimpleNamespace(backbone=torch.nn.Linear(2, 2))
+    with pytest.raises(OutOfStepError, match="cannot gather"):
+        measuring.attempt("k-NN", measure, teacher, 9)
     return measuring.asked_to_stop, [each.kwargs["reason"] for each in events.write.mock_calls]
 
 

@@ -16,6 +16,7 @@ from dinoscale.data.transfer import StagingBuffers
 from dinoscale.engine.gradients import compute_device
 from dinoscale.engine.shards import Fragment, Layout
 from dinoscale.engine.student import import_deepspeed, materialize
+from dinoscale.errors import LostPeerError, OutOfStepError
 from dinoscale.models.sync_bn import cast_weights
 from dinoscale.runtime import distributed
 
@@ -159,15 +160,21 @@ class Partitioned(Generic[Network]):
 
         Raises:
             RunFailedError: another rank has no memory for it; that one raises its own error.
+            OutOfStepError: this rank failed while the ranks gathered.
         """
         empty, here = part(self._skeleton), part(self.network)
         plain = distributed.together(lambda: copy.deepcopy(empty).to_empty(device=compute_device()))
         zero = import_deepspeed().zero
         for buffer, own in zip(plain.buffers(), here.buffers(), strict=True):
             buffer.copy_(own)
-        for parameter, own in zip(plain.parameters(), here.parameters(), strict=True):
-            with zero.GatheredParameters([own]):
-                parameter.data.copy_(own.data)
+        try:
+            for parameter, own in zip(plain.parameters(), here.parameters(), strict=True):
+                with zero.GatheredParameters([own]):
+                    parameter.data.copy_(own.data)
+        except LostPeerError:
+            raise
+        except Exception as error:  # the memory for a whole parameter, which no rank has agreed on
+            raise OutOfStepError(f"cannot gather the teacher's weights: {error}") from error
         return plain
 
     def wait(self) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dinoscale.engine.teacher import Teacher
-from dinoscale.errors import DinoscaleError, LostPeerError
+from dinoscale.errors import DinoscaleError, LostPeerError, OutOfStepError
 from dinoscale.runtime import distributed
 from dinoscale.runtime.launcher_env import Process
 from dinoscale.runtime.preemption import StopRequest
@@ -49,6 +49,7 @@ class Measuring:
 
         Raises:
             LostPeerError: another rank ended.
+            OutOfStepError: the others wait for this one to end.
         """
         self._watchdog.progress(f"measuring {what} after step {done}")
         try:
@@ -56,7 +57,7 @@ class Measuring:
             return distributed.together(
                 partial(measure, backbone, self._process.device, self._on_batch)
             )
-        except LostPeerError:
+        except (LostPeerError, OutOfStepError):
             raise
         except Exception as error:  # raised on all ranks: its own error, or that of another rank
             self.asked_to_stop |= any(distributed.gather_objects(self._stop.asked))

@@ -147,34 +147,36 @@ class TargetReader:
             pairs["patches"] = of_patches, rows
         for name, (there, here) in pairs.items():
             if not torch.equal(there, here):
-                why, error = f"{_DRAWN}; {_REMOVED}", DataError
+                why, kind = f"{_DRAWN}; {_REMOVED}", DataError
                 if name == "crops":
                     changed = batch.sample_ids[there != here].tolist()
-                    why = self._why_crops_differ(step, batch, changed)
-                    if any(bad.unavailable for bad in batch.bad):
-                        error = UnavailableError
-                raise error(
+                    why, kind = self._why_crops_differ(step, batch, changed)
+                raise kind(
                     f"{KEY}: the {name} of step {step} are others than those of "
                     f"{self._folder.path}, though the settings agree: {why}"
                 )
 
-    def _why_crops_differ(self, step: int, batch: Batch, changed: list[int]) -> str:
-        """What may have changed the crops of some images of a micro-batch, and what to do."""
+    def _why_crops_differ(
+        self, step: int, batch: Batch, changed: list[int]
+    ) -> tuple[str, type[DataError]]:
+        """What may have changed the crops of some images, what to do, and the kind of error."""
         then, now = self._folder.unreadable(step), {bad.sample_id for bad in batch.bad}
         for bad in batch.bad:
             if bad.sample_id not in then:
-                return (
+                why = (
                     f"{bad.path} cannot be read now ({bad.error}), and another image takes its "
                     "place; make it readable and start again"
                 )
+                return why, UnavailableError if bad.unavailable else DataError
         for number in changed:
             if number in then and number not in now:
                 shard, _ = self._folder.stripe(step, 0)
-                return restored(self._folder.path, then[number], shard)
-        return (
+                return restored(self._folder.path, then[number], shard), DataError
+        why = (
             f"files of data.train have other contents, or {_DRAWN}; restore what has changed and "
             f"start again, or {_REMOVED}"
         )
+        return why, DataError
 
     def _read(self, step: int) -> list[Stored]:
         """Of this rank's micro-batches of a step; runs in the thread."""

@@ -13,7 +13,10 @@ import torch
 from PIL import Image
 
 from dinoscale.convert.weights_file import save_backbone
+from dinoscale.data.decoding.decode import UnavailableSampleError
+from dinoscale.data.sources.source import open_source
 from dinoscale.errors import ConfigError
+from dinoscale.evaluate import overlap
 from dinoscale.evaluate.dense_probes.linear_head import Recipe
 from dinoscale.evaluate.dense_probes.probe import ProbeOptions
 from dinoscale.evaluate.dense_probes.target_files import Part
@@ -126,7 +129,7 @@ def test_a_training_of_other_classes_does_not_go_on(
 
 
 def test_depth_warns_of_test_images_that_it_learnt_from(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     picture = save_picture(tmp_path / "train" / "a.png", seed=0, size=(24, 24))
     (tmp_path / "test").mkdir()
@@ -143,3 +146,11 @@ def test_depth_warns_of_test_images_that_it_learnt_from(
             save_weights(tmp_path / "w.safetensors"), *parts, protocol=protocol, options=OPTIONS
         )
     assert "1 of the 1 pictures of test that were looked for are in train" in caplog.text
+
+    def stale(path: str) -> bytes:
+        raise UnavailableSampleError(path, "cannot be read: Stale file handle")
+
+    monkeypatch.setattr(overlap, "read_image_file", stale)
+    train, test = (open_source(part.images) for part in parts)
+    assert overlap.find_overlap(test, train).looked_for == 0
+    assert "not searched for pictures that both have" in caplog.text
