@@ -161,11 +161,12 @@ def test_training_refuses_another_version_on_one_host(cluster: Cluster, config: 
 def _other_version(cluster: Cluster, config: Path) -> Iterator[None]:
     """Another deepspeed on node2, as far as its metadata tell."""
     deepspeed = distribution("deepspeed")
-    names = {"METADATA", "PKG-INFO"}  # of a wheel, and where pip installs without one
-    (ours,) = (file for file in deepspeed.files or () if file.name in names)
+    site = Path(str(deepspeed.locate_file("")))
+    names = ("METADATA", "PKG-INFO")  # of a wheel, and where pip installs without one
+    (ours,) = (path for name in names for path in site.glob(f"deepspeed-*/{name}"))
     text = ours.read_text()
     assert f"\nVersion: {deepspeed.version}\n" in text
     other = config.parent / "METADATA"
     other.write_text(text.replace(f"\nVersion: {deepspeed.version}\n", "\nVersion: 0.18.0\n"))
-    with cluster.hosts[1].put(other, over=Path(str(ours.locate()))):
+    with cluster.hosts[1].put(other, over=ours):
         yield
