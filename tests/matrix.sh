@@ -51,8 +51,6 @@ for setting in "${settings[@]}"; do
     continue
   fi
   output=$(mktemp)
-  # Of its own: what is kept there was compiled for other vector instructions, which torch ignores.
-  kernels=$(mktemp -d)
   read -ra variables <<<"$setting"
   loops=0
   [[ $setting != *LOAD=* ]] || loops=${setting##*LOAD=}
@@ -60,15 +58,14 @@ for setting in "${settings[@]}"; do
     (while :; do :; done) &
     busy+=($!)
   done
-  if env OMP_NUM_THREADS=1 TORCHINDUCTOR_CACHE_DIR="$kernels" "${variables[@]}" \
-    python -m pytest -q --numprocesses 3 --dist loadfile "${tests[@]}" &>"$output"; then
+  words=(-q --numprocesses 3 --dist loadfile "${tests[@]}")
+  if env OMP_NUM_THREADS=1 "${variables[@]}" python -m pytest "${words[@]}" &>"$output"; then
     verdict=ok
   else
     verdict="FAILED, see $output" code=1
   fi
   ((${#busy[@]} == 0)) || kill "${busy[@]}"
   busy=()
-  rm -r -- "$kernels"
   printf '%-72s %s: %s\n' "$setting" "$(tail -n 1 "$output")" "$verdict"
   [[ $verdict != ok ]] || rm -- "$output"
 done
