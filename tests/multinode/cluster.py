@@ -24,6 +24,8 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 INTERFACE = "eth0"
+_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # not every root has these two, where `ip` is
+_TOOLS = {**os.environ, "PATH": _PATH}
 _NAMESPACES = ("--net", "--uts", "--ipc", "--mount", "--pid")
 _LAUNCHERS_OWN = r"(RANK|WORLD_SIZE|LOCAL_|MASTER_|SLURM|OMPI_|PMI|TORCHELASTIC|PDSH_|GLOO_)"
 
@@ -129,7 +131,7 @@ class Host:
         """Start a program in the home directory; `variables` are added to its environment."""
         output = self._folder / f"{self.name}.{next(self._numbers)}.txt"
         home = self._folder / "home"
-        programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
+        programs = f"{Path(sys.executable).parent}:{_PATH}"
         kept = {k: v for k, v in os.environ.items() if not re.match(_LAUNCHERS_OWN, k)}
         ours = {"HOME": str(home), "PATH": programs, "PYTHONPATH": str(ROOT)}
         with output.open("w") as file:
@@ -297,6 +299,7 @@ def _hold(
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
+            env=_TOOLS,
         )
 
 
@@ -325,7 +328,9 @@ def _do(words: Sequence[str]) -> None:
     Raises:
         NotPermittedError: it failed.
     """
-    done = subprocess.run(words, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(
+        words, env=_TOOLS, capture_output=True, text=True, timeout=200, check=False
+    )
     if done.returncode:
         raise NotPermittedError(f"{' '.join(words)}: {done.stderr.strip()}")
 
