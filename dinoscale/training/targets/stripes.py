@@ -29,7 +29,7 @@ PROTOTYPES = "prototypes.safetensors"
 
 def stripe_name(shard: int, slot: int) -> str:
     """The file of a slot over the steps of a shard."""
-    return f"steps-{shard:05d}-slot-{slot:05d}.safetensors"
+    return stripe_names(shard).replace("*", f"{slot:05d}")
 
 
 def stripe_names(shard: int) -> str:
