@@ -346,9 +346,9 @@ class _EvalImages(Dataset[_EvalBatch | Failure]):
         for number in ids.tolist():
             try:
                 pixels = self._source.picture(number).pixels()
+            except UnavailableError:  # without it, another set would be measured
+                raise
             except BadSampleError as error:
-                if error.unavailable:  # without it, another set would be measured
-                    raise
                 bad.append(str(error))
                 continue
             images.append(eval_transform(pixels, resize=self._resize, crop=self._crop))

@@ -24,7 +24,7 @@ from dinoscale.data.loader import Failure, failure, map_in_workers
 from dinoscale.data.order.sampler import Draws, StepSampler
 from dinoscale.data.seeding import Stream, generator
 from dinoscale.data.sources.source import Source
-from dinoscale.errors import DataError
+from dinoscale.errors import DataError, UnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -148,9 +148,9 @@ class _Cropper(Dataset[_CroppedBatch | Failure]):
         for sample, repeat in zip(draws.ids.tolist(), draws.repeats.tolist(), strict=True):
             try:
                 crop, drawn = self._crop(sample, repeat)
+            except UnavailableError:
+                raise
             except BadSampleError as error:
-                if error.unavailable:
-                    raise
                 lost.append(sample)
                 bad.append(str(error))
                 continue

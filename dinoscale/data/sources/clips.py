@@ -17,7 +17,7 @@ from dinoscale.data.decoding.decode import Animation, BadSampleError, Decoder, P
 from dinoscale.data.sources.image_files import read_image_file
 from dinoscale.data.sources.listing import COMPRESSED_TAR
 from dinoscale.data.sources.videos import Video, list_videos
-from dinoscale.errors import DataError
+from dinoscale.errors import DataError, UnavailableError
 
 
 class Clip:
@@ -86,9 +86,9 @@ def open_clips(spec: str, decoder: Decoder) -> list[Clip]:
 def _clip_of_file(path: str, decoder: Decoder) -> Clip:
     try:
         animation = Animation(read_image_file(path), path, decoder)
+    except UnavailableError:
+        raise
     except BadSampleError as error:
-        if error.unavailable:
-            raise
         raise DataError(
             f"{error}. To use a video, unpack its frames into a folder, and name that: "
             f"mkdir frames && ffmpeg -i {shlex.quote(path)} frames/%05d.png"

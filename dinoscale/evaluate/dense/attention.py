@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from dinoscale.data.augmentation.multi_crop import to_image
 from dinoscale.data.decoding.decode import BadSampleError
 from dinoscale.data.sources.source import Source
-from dinoscale.errors import ConfigError, DataError
+from dinoscale.errors import ConfigError, DataError, UnavailableError
 from dinoscale.evaluate.any_size import (
     Fit,
     WholeImages,
@@ -324,9 +324,9 @@ def _pick(
     for index in order[:images].tolist():
         try:
             pictures.append(read_image(source, index))
+        except UnavailableError:
+            raise
         except BadSampleError as error:
-            if error.unavailable:
-                raise
             log.warning("left out an unreadable image: %s", error)
             continue
         if mask_of is not None:

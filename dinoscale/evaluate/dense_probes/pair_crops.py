@@ -23,7 +23,7 @@ from dinoscale.data.decoding.decode import BadSampleError
 from dinoscale.data.loader import Failure, failure, map_in_workers
 from dinoscale.data.order.sampler import Draws
 from dinoscale.data.seeding import Stream, generator
-from dinoscale.errors import ConfigError, DataError
+from dinoscale.errors import ConfigError, DataError, UnavailableError
 from dinoscale.evaluate.dense_probes.pairs import Pairs, Target, naming, read_target
 
 log = logging.getLogger(__name__)
@@ -166,9 +166,9 @@ class _Cropper(Dataset[_Batch | Failure]):
             index = int(self._indices[place])
             try:
                 pixels = self._source.picture(index).pixels()
+            except UnavailableError:
+                raise
             except BadSampleError as error:
-                if error.unavailable:
-                    raise
                 bad.append(str(error))
                 continue
             target = read_target(self._targets, self._source, index)

@@ -25,7 +25,7 @@ from dinoscale.data.decoding.decode import BadSampleError
 from dinoscale.data.loader import Failure, failure, map_in_workers
 from dinoscale.data.sources.source import Source
 from dinoscale.data.transfer import to_device
-from dinoscale.errors import DataError
+from dinoscale.errors import DataError, UnavailableError
 from dinoscale.evaluate.beside_images import still_there
 from dinoscale.evaluate.dense_probes.target_files import Part
 from dinoscale.evaluate.feature_cache import InFiles
@@ -215,9 +215,9 @@ class _Checks(Dataset[_Checked | Failure]):
             return _Checked()
         try:
             picture = self._source.picture(index)
+        except UnavailableError:
+            raise
         except BadSampleError as error:
-            if error.unavailable:
-                raise
             return _Checked(unreadable=str(error))
         _require_same_shape(self._source.path(index), picture.width, picture.height, target)
         return _Checked(summary=self._targets.summary(target))
@@ -327,9 +327,9 @@ class _Reads(Dataset[_Read | Failure]):
         target = read_target(self._targets, self._source, index)
         try:
             pixels = self._source.picture(index).pixels()
+        except UnavailableError:
+            raise
         except BadSampleError as error:
-            if error.unavailable:
-                raise
             return _Read(index, None, target, str(error))
         with naming(self._source.path(index)):
             resized = by_plane(pixels, self._resize)

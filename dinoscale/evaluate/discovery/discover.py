@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dinoscale.data.decoding.decode import BadSampleError
 from dinoscale.data.sources.source import Source
-from dinoscale.errors import ConfigError, DataError
+from dinoscale.errors import ConfigError, DataError, UnavailableError
 from dinoscale.evaluate.any_size import (
     SIZE,
     Fit,
@@ -264,9 +264,9 @@ def _measure(
         def work(index: int) -> _Result | str:
             try:
                 return _result(finder, fresh, index, truth.of(index))
+            except UnavailableError:
+                raise
             except BadSampleError as error:
-                if error.unavailable:
-                    raise
                 return str(error)
             finally:
                 bar.update()

@@ -18,6 +18,7 @@ from dinoscale.data.augmentation.multi_crop import eval_transform
 from dinoscale.data.decoding.decode import BadSampleError
 from dinoscale.data.loader import Failure, failure, map_in_workers
 from dinoscale.data.sources.source import Source
+from dinoscale.errors import UnavailableError
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,9 @@ class _Prepare(Dataset[Pictures | Failure]):
             try:
                 picture = self._source.picture(number)
                 pixels = picture.pixels()
+            except UnavailableError:  # without it, the features would be those of another set
+                raise
             except BadSampleError as error:
-                if error.unavailable:  # without it, the features would be those of another set
-                    raise
                 lost = Unreadable(number, self._source.path(number), error.reason)
                 batch.unreadable.append(lost)
                 continue

@@ -24,6 +24,7 @@ from dinoscale.data.decoding.decode import BadSampleError
 from dinoscale.data.loader import Failure, failure, map_in_workers
 from dinoscale.data.seeding import Stream, generator
 from dinoscale.data.sources.source import Source
+from dinoscale.errors import UnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -102,9 +103,9 @@ class _Cutter(Dataset[Views | Failure]):
         for sample in ids.tolist():
             try:
                 cut, drawn = self._cut(sample)
+            except UnavailableError:
+                raise
             except BadSampleError as error:
-                if error.unavailable:
-                    raise
                 bad.append(str(error))
                 continue
             crops += cut
