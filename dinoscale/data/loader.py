@@ -249,7 +249,7 @@ class _TrainCrops(Dataset[Batch | Failure]):
                     BadSample(e.path, e.reason, i, candidate, repeat, e.unavailable)
                     for i, e in failed
                 ]
-        examples = "".join(f"\n  {error}" for _, error in failed[:3])
+        examples = "".join(f"\n  {error.path}: {error.reason}" for _, error in failed[:3])
         kind = UnavailableError if all(error.unavailable for _, error in failed) else DataError
         raise kind(
             f"{_MAX_ATTEMPTS} images in a row are unreadable:{examples}\n"

@@ -14,13 +14,13 @@ import torch
 from torch.utils.data import Dataset
 
 from dinoscale.data.augmentation.multi_crop import CropArrays, MultiCrop, eval_transform
-from dinoscale.data.decoding.decode import BadSampleError, Picture
+from dinoscale.data.decoding.decode import BadSampleError, Picture, UnavailableSampleError
 from dinoscale.data.loader import Batch, eval_batches, map_in_workers, train_batches
 from dinoscale.data.order.sampler import StepSampler
 from dinoscale.data.sources.folder import FolderSource
 from dinoscale.data.sources.mixture import MixedSource
 from dinoscale.data.sources.source import Source
-from dinoscale.errors import DataError
+from dinoscale.errors import DataError, UnavailableError
 from tests.unit.data.conftest import picture
 
 CROPS = MultiCrop(global_size=12, local_size=6, num_local=2)
@@ -198,6 +198,16 @@ def test_source_without_readable_images_stops_with_examples(workers: int) -> Non
     assert "10 images in a row are unreadable" in str(caught.value)
     assert "the file is empty" in str(caught.value)
     assert "Traceback" not in str(caught.value)
+    assert not isinstance(caught.value, UnavailableError)
+
+
+def test_source_whose_images_are_all_unavailable_is_no_wrong_input() -> None:
+    failing = {i: UnavailableSampleError(f"picture {i}", "stale file handle") for i in range(8)}
+    with pytest.raises(UnavailableError) as caught:
+        list(_train(Pictures(8, failing)))
+    examples = str(caught.value).splitlines()[1:-1]
+    assert len(examples) == 3
+    assert all(line.endswith(": stale file handle") for line in examples)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
