@@ -230,16 +230,22 @@ def test_another_failure_of_a_trial_is_named_and_is_no_limit(tmp_path: Path) -> 
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])
-def test_trials_end_with_their_run(tmp_path: Path, number: int, code: int) -> None:
+def test_a_trial_limits_its_own_memory_and_does_not_outlive_its_run() -> None:
+    trial = _unlimited_trial(TOO_LARGE)
+    assert trial.stdin is not None
+    inherited = resource.getrlimit(resource.RLIMIT_DATA)
+    while resource.prlimit(trial.pid, resource.RLIMIT_DATA) == inherited:
+        assert trial.poll() is None, "it took its steps without a limit"
+        time.sleep(0.02)
+    trial.stdin.close()  # as where the run has ended, however it did
+    assert trial.wait(timeout=120) == 1
+
+
+def test_a_signal_to_the_run_and_its_trial_is_no_failure_of_the_trial(tmp_path: Path) -> None:
     settings = (*ONE_STEP, f"train.batch_size={TOO_LARGE}")
     ranks = Ranks(tmp_path, *settings, world_size=1)
     children = ranks.wait_for_trial()
-    if number == signal.SIGTERM:
-        for child in children:
-            child.send_signal(number)  # as launchers do with whole trees
-    ranks.processes[0].send_signal(number)
+    for process in (*children, *ranks.processes):  # as launchers do with whole trees
+        process.send_signal(signal.SIGTERM)
     codes, said = ranks.end()
-    assert codes == [code], said
-    _, alive = psutil.wait_procs(children, timeout=60)
-    assert not alive
+    assert codes == [75], said
