@@ -337,12 +337,15 @@ def assign(
     origin = _origin(centroids)
 
     def of_rank() -> tuple[Tensor, Tensor]:
-        near, distances = [torch.empty(0, dtype=torch.int32)], [torch.empty(0)]
-        for _, rows in _tiles(points, centroids.device, advance):
-            some = _nearest(rows, centroids, origin)
-            near.append(some[0].int().cpu())
-            distances.append(some[1].cpu())
-        return torch.cat(near), torch.cat(distances)
+        tiles = _own_tiles(points)
+        begin = min(len(points), tiles.start * TILE)
+        number = min(len(points), tiles.stop * TILE) - begin
+        # At once: small results between the products of the tiles would leave holes in the heap.
+        near, distances = torch.empty(number, dtype=torch.int32), torch.empty(number)
+        for first, rows in _tiles(points, centroids.device, advance):
+            own = slice(first - begin, first - begin + len(rows))
+            near[own], distances[own] = _nearest(rows, centroids, origin)
+        return near, distances
 
     labels, squared = distributed.together(of_rank)
     return (
@@ -355,13 +358,16 @@ def _tiles(
     points: Points, device: torch.device, advance: Callable[[int], None]
 ) -> Iterator[tuple[int, Tensor]]:
     """Number of the first row, and rows (n, D), of the tiles of this rank."""
-    tiles = -(-len(points) // TILE)
-    rank, ranks = distributed.rank(), distributed.world_size()
-    for tile in range(tiles * rank // ranks, tiles * (rank + 1) // ranks):
+    for tile in _own_tiles(points):
         first, stop = tile * TILE, min(len(points), (tile + 1) * TILE)
         rows = np.ascontiguousarray(points.rows(first, stop))
         yield first, torch.from_numpy(rows).to(device)
         advance(stop - first)
+
+
+def _own_tiles(points: Points) -> range:
+    tiles, ranks = -(-len(points) // TILE), distributed.world_size()
+    return range(tiles * distributed.rank() // ranks, tiles * (distributed.rank() + 1) // ranks)
 
 
 def _nearest(rows: Tensor, centroids: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
