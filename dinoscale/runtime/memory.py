@@ -1,6 +1,8 @@
-"""Memory that is still available on this machine or in its container, and errors without it."""
+"""Memory of this machine or its container and of this process, and errors where there is none."""
 
 import re
+import resource
+import sys
 from pathlib import Path
 
 # Out-of-memory errors of torch, CUDA, NCCL, oneDNN, C++ and the C library.
@@ -38,6 +40,21 @@ def available_memory(
                 available += _within_limit(group, limit, usage)
                 group = group.parent
     return max(0, min(available))
+
+
+def peak_resident_bytes(proc: Path = Path("/proc")) -> int:
+    """The most memory, in bytes, that this process has had in RAM.
+
+    Where there is no procfs, that of the process that started it counts too: it began as its copy.
+
+    Args:
+        proc: mount point of procfs.
+    """
+    try:
+        return 1024 * _number_after("VmHWM:", proc / "self" / "status")
+    except (OSError, ValueError):
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _within_limit(group: Path, limit: str, usage: str) -> list[int]:

@@ -1,10 +1,12 @@
-"""Available memory, read from the files of a fake kernel."""
+"""Memory: available, read from the files of a fake kernel, and used."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from dinoscale.runtime.memory import available_memory
+from dinoscale.runtime.memory import available_memory, peak_resident_bytes
 
 MIB = 2**20
 
@@ -65,3 +67,20 @@ def test_a_system_without_proc_is_not_known(tmp_path: Path) -> None:
 
 def test_this_machine_has_memory() -> None:
     assert (available_memory() or 0) > 10 * MIB
+
+
+def test_peak_is_not_that_of_the_process_that_started_this_one() -> None:
+    held = b"1" * (300 * MIB)
+    assert peak_resident_bytes() >= len(held)
+    code = (
+        "from dinoscale.runtime.memory import peak_resident_bytes as peak;"
+        "before = peak(); held = b'1' * 2**26; print(before, peak())"
+    )
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, after = map(int, child.stdout.split())
+    assert before < 200 * MIB
+    assert abs(after - before - 2**26) < 2**23
+
+
+def test_peak_is_measured_where_there_is_no_procfs(tmp_path: Path) -> None:
+    assert peak_resident_bytes(tmp_path) >= 0.9 * peak_resident_bytes()

@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import os
-import resource
 import sys
 import time
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from dinoscale.errors import DinoscaleError
+from dinoscale.runtime.memory import peak_resident_bytes
 from dinoscale.runtime.outputs import run_name
 
 log = logging.getLogger(__name__)
@@ -164,8 +164,7 @@ def peak_memory_bytes() -> int:
     """Peak memory of this process: the accelerator's, or resident memory on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_resident_bytes()
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
