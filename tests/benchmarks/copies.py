@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import resource
 import signal
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_tools.curation.embeddings import open_embeddings
+from tests.benchmarks.measured import Used, measured
 from tests.unit.data_tools.tiny_features import write_features
 
 _SIDE = 8  # pixels of a picture whose colours are its embedding
@@ -53,11 +53,8 @@ def _measured(options: argparse.Namespace) -> dict[str, Any]:
     if not (place / "test" / "manifest.json").exists():
         _plant(options.cifar10, place)
     planted: dict[str, dict[str, str]] = json.loads((place / "planted.json").read_text())
-    began = time.monotonic()
-    summary = _deduplicated(options, "whole")
-    seconds = time.monotonic() - began
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # kB, of the largest
-    killed = _killed(options, after_s=seconds / 2)
+    summary, used = _deduplicated(options, "whole")
+    killed = _killed(options, after_s=used.wall_s / 2)
     _deduplicated(options, "resumed")
     kept = {Path(line).name for line in (place / "whole.txt").read_text().splitlines()}
     found = {
@@ -72,8 +69,8 @@ def _measured(options: argparse.Namespace) -> dict[str, Any]:
         "least_cosine": _least_cosines(place, planted),
         "found": found,
         "others_left_out": sum(name not in kept for name in _names(place) if name not in gone),
-        "minutes": round(seconds / 60, 2),
-        "peak_mb": peak // 1024,
+        "minutes": round(used.wall_s / 60, 2),
+        "peak_mb": used.peak_mb,
         "killed": killed,
         "resumed_equal": resumed,
     }
@@ -87,10 +84,9 @@ def _command(options: argparse.Namespace, name: str) -> list[str]:
     return [sys.executable, "-m", "dinoscale", *map(str, words)]
 
 
-def _deduplicated(options: argparse.Namespace, name: str) -> dict[str, Any]:
-    done = subprocess.run(_command(options, name), stdout=subprocess.PIPE, text=True, check=True)
-    printed: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return printed
+def _deduplicated(options: argparse.Namespace, name: str) -> tuple[dict[str, Any], Used]:
+    printed, used = measured(_command(options, name))
+    return json.loads(printed.splitlines()[-1]), used
 
 
 def _killed(options: argparse.Namespace, *, after_s: float) -> bool:

@@ -14,9 +14,7 @@ unless --keep. Each prints one line of JSON last.
 import argparse
 import io
 import json
-import resource
 import shutil
-import subprocess
 import sys
 import tarfile
 import time
@@ -28,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from tests.benchmarks.measured import Used, measured
 from tests.unit.data_tools.tiny_features import Block, write_blocks, write_features
 
 _BLOCK = 2**16  # embeddings
@@ -161,7 +160,6 @@ def _synthetic(options: argparse.Namespace) -> dict[str, Any]:
         write_blocks(features, _drawn(options.images, options.width), num_blocks=number)
     written = time.monotonic()
     found = _clustered(options, features, clusters)
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     if not options.keep:
         shutil.rmtree(features)
         shutil.rmtree(clusters)
@@ -170,8 +168,6 @@ def _synthetic(options: argparse.Namespace) -> dict[str, Any]:
         "width": options.width,
         "minutes_to_write": round((written - began) / 60, 1),
         **found,
-        "cpu_minutes_to_cluster": round((used.ru_utime + used.ru_stime) / 60, 1),
-        "peak_mb": used.ru_maxrss // 1024,  # of the largest, which counts in kB
     }
 
 
@@ -190,8 +186,7 @@ def _drawn(images: int, width: int) -> Iterator[Block]:
 
 
 def _clustered(options: argparse.Namespace, features: Path, clusters: Path) -> dict[str, Any]:
-    began = time.monotonic()
-    found = dinoscale(
+    found, used = _measured(
         *("data", "cluster", str(features), str(clusters)),
         *("--levels", *options.levels),
         *("--iterations", options.iterations),
@@ -201,16 +196,21 @@ def _clustered(options: argparse.Namespace, features: Path, clusters: Path) -> d
         "levels": [level["clusters"] for level in found["levels"]],
         "iterations": options.iterations,
         "resampling": options.resampling,
-        "minutes_to_cluster": round((time.monotonic() - began) / 60, 1),
+        "minutes_to_cluster": round(used.wall_s / 60, 1),
+        "cpu_minutes_to_cluster": round(used.cpu_s / 60, 1),
+        "peak_mb": used.peak_mb,
     }
 
 
 def dinoscale(*words: object) -> dict[str, Any]:
     """What a command prints last."""
+    return _measured(*words)[0]
+
+
+def _measured(*words: object) -> tuple[dict[str, Any], Used]:
     command = [sys.executable, "-m", "dinoscale", *map(str, words)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    printed: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return printed
+    printed, used = measured(command)
+    return json.loads(printed.splitlines()[-1]), used
 
 
 if __name__ == "__main__":

@@ -22,11 +22,11 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dinoscale.planning.bench.budget import say
+from tests.benchmarks.measured import Used, measured
 from tests.benchmarks.task_sets import FRAMES, LEAST, MOST, SIDE, write_sets, write_weights
 
 THREADS = 2
@@ -201,30 +201,20 @@ class Measurement:
             numbers = {"steps": steps, "queries": max(1, 157 * images // MOST)}
             given = {**places, **numbers, "out": Path(scratch, "out")}
             filled = [word.format(**given) for word in words.split()]
-            wall_s, usage = _timed(filled, Path(scratch))
-        cpu_s = usage.ru_utime + usage.ru_stime
-        return Run(images, round(wall_s, 2), round(cpu_s, 2), usage.ru_maxrss * 1024 // 10**6)
+            return Run(images, *_timed(filled, Path(scratch)))
 
 
-def _timed(words: list[str], scratch: Path) -> tuple[float, Any]:
-    """Run a command; its seconds, and what it and all processes that it waited for used."""
+def _timed(words: list[str], scratch: Path) -> Used:
+    """Run a command; what it and all processes that it waited for used."""
     own = {"OMP_NUM_THREADS": str(THREADS), "DINOSCALE_CACHE": str(scratch / "cache")}
     said = scratch / "said"
     with said.open("wb") as file:
-        begin = time.perf_counter()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dinoscale", *words],
-            stdout=subprocess.DEVNULL,
-            stderr=file,
-            env={**os.environ, **own},
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - begin
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        lines = said.read_text(errors="replace").strip().splitlines() or [""]
-        raise Failed(f"exit code {process.returncode}: {lines[-1]}")
-    return seconds, usage
+        command = [sys.executable, "-m", "dinoscale", *words]
+        try:
+            return measured(command, stderr=file, env={**os.environ, **own})[1]
+        except subprocess.CalledProcessError as error:
+            lines = said.read_text(errors="replace").strip().splitlines() or [""]
+            raise Failed(f"exit code {error.returncode}: {lines[-1]}") from None
 
 
 def for_thousand(task: Task, runs: list[Run], start: Run) -> dict[str, float]:
