@@ -57,6 +57,11 @@ def peak_resident_bytes(proc: Path = Path("/proc")) -> int:
         return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def private_bytes() -> int:
+    """Private writable memory of this process, which counts against RLIMIT_DATA; needs procfs."""
+    return 1024 * _number_after("VmData:", Path("/proc/self/status"))
+
+
 def _within_limit(group: Path, limit: str, usage: str) -> list[int]:
     """Bytes that a group may still take, inactive page cache included; empty without a limit."""
     try:

@@ -8,7 +8,6 @@ parent. It prints lines of JSON: `limit_bytes` before the steps, `peak_bytes` af
 import contextlib
 import json
 import os
-import re
 import resource
 import sys
 import threading
@@ -37,7 +36,7 @@ from dinoscale.engine.teacher import Teacher
 from dinoscale.errors import DinoscaleError
 from dinoscale.runtime import distributed
 from dinoscale.runtime.launcher_env import Process, read_process
-from dinoscale.runtime.memory import available_memory
+from dinoscale.runtime.memory import available_memory, private_bytes
 from dinoscale.runtime.watchdog import collectives_timeout_s
 from dinoscale.training.feed import (
     MicroBatches,
@@ -111,7 +110,7 @@ def _free_bytes(process: Process) -> int | None:
     room = at_hand // process.local_world_size
     allowed, _ = resource.getrlimit(resource.RLIMIT_DATA)
     if allowed != resource.RLIM_INFINITY:
-        room = min(room, allowed - _data_bytes())
+        room = min(room, allowed - private_bytes())
     return int(USABLE * room)
 
 
@@ -121,14 +120,7 @@ def _limit_memory(limit: int, device: torch.device) -> None:
         torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info()[1], device)
     else:
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (_data_bytes() + limit, hard))
-
-
-def _data_bytes() -> int:
-    """Private writable memory of this process, which counts against RLIMIT_DATA."""
-    found = re.search(r"^VmData:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None, "available_memory knew this system"
-    return 1024 * int(found[1])
+        resource.setrlimit(resource.RLIMIT_DATA, (private_bytes() + limit, hard))
 
 
 def _take_steps(config: RunConfig, size: int, process: Process) -> None:
