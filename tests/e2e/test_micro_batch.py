@@ -68,12 +68,12 @@ def _peak_so_far(pid: int) -> int:
     return 1024 * (kib["VmPeak"] - kib["VmSize"] + kib["VmData"])
 
 
-def _unlimited_trial(size: int) -> subprocess.Popen[str]:
+def _unlimited_trial(size: int, **environment: str) -> subprocess.Popen[str]:
     config = parse_config({**_SIZES, "train": {"batch_size": size, "micro_batch_size": "auto"}})
     order = {"config": config.model_dump(mode="json"), "micro_batch_size": size}
     trial = subprocess.Popen(
         [sys.executable, "-m", "dinoscale.training.micro_batch.trial"],
-        env=environment_of(0, world_size=1, port=free_port()),
+        env=environment_of(0, world_size=1, port=free_port()) | environment,
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
@@ -230,15 +230,32 @@ def test_another_failure_of_a_trial_is_named_and_is_no_limit(tmp_path: Path) -> 
     assert "Traceback" not in said
 
 
-def test_a_trial_limits_its_own_memory_and_does_not_outlive_its_run() -> None:
-    trial = _unlimited_trial(TOO_LARGE)
-    assert trial.stdin is not None
+def _wait_for_limit(trial: subprocess.Popen[str]) -> None:
     inherited = resource.getrlimit(resource.RLIMIT_DATA)
     while resource.prlimit(trial.pid, resource.RLIMIT_DATA) == inherited:
         assert trial.poll() is None, "it took its steps without a limit"
         time.sleep(0.02)
+
+
+def test_a_trial_limits_its_own_memory_and_does_not_outlive_its_run() -> None:
+    trial = _unlimited_trial(TOO_LARGE)
+    assert trial.stdin is not None
+    _wait_for_limit(trial)
     trial.stdin.close()  # as where the run has ended, however it did
     assert trial.wait(timeout=120) == 1
+
+
+def test_no_thread_begins_under_the_limit_of_a_trial() -> None:
+    """Gloo hangs where one of its threads finds no room for its stack."""
+    trial = _unlimited_trial(FITS, OMP_NUM_THREADS="1")
+    _wait_for_limit(trial)
+    threads = [psutil.Process(trial.pid).num_threads()]
+    while trial.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            threads.append(psutil.Process(trial.pid).num_threads())
+        time.sleep(0.02)
+    assert trial.returncode == 0
+    assert max(threads) == threads[0]
 
 
 def test_a_signal_to_the_run_and_its_trial_is_no_failure_of_the_trial(tmp_path: Path) -> None:

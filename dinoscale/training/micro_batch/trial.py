@@ -31,7 +31,7 @@ from dinoscale.data.loader import Batch
 from dinoscale.engine.build import build_pair, loss_weights_of, schedules_of
 from dinoscale.engine.micro_batch import MicroBatch
 from dinoscale.engine.step import train_step
-from dinoscale.engine.student import Student
+from dinoscale.engine.student import Student, import_deepspeed
 from dinoscale.engine.teacher import Teacher
 from dinoscale.errors import DinoscaleError
 from dinoscale.runtime import distributed
@@ -89,6 +89,8 @@ def _end_with_parent() -> None:
 
 def _try(config: RunConfig, size: int, process: Process) -> None:
     distributed.start(process, timeout_s=collectives_timeout_s(config.train.hang_timeout_s))
+    # DeepSpeed's group begins here: Gloo hangs where a thread of it finds no room for its stack.
+    import_deepspeed().utils.groups._clone_world_group()
     distributed.gather_objects(None)  # all ranks have started, and NCCL has its buffers
     limit = _free_bytes(process)
     distributed.gather_objects(limit)  # no rank allocates before all have measured
