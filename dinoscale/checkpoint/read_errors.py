@@ -23,13 +23,17 @@ def with_retries(read: Callable[[], T], path: Path) -> T:
         UnreadableError: it still fails after about a minute.
     """
 
+    gone = False
+
     def is_gone(error: OSError) -> bool:
-        return error.errno in (errno.ENOENT, errno.ENOTDIR) and is_missing(path)
+        nonlocal gone
+        gone = error.errno in (errno.ENOENT, errno.ENOTDIR) and is_missing(path)
+        return gone
 
     try:
         return RetryBudget(is_final=is_gone).read(read, path)
     except OSError as error:
-        if is_gone(error):
+        if gone:  # as when the retries ended; another process may have written it since
             raise MissingFileError(
                 f"{path.parent} is damaged: {path.name} is missing, so it is not a complete"
                 " checkpoint"

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from dinoscale.checkpoint import read_errors
 from dinoscale.checkpoint.checksums import read_sums, sha256, verify, write_sums
 from dinoscale.checkpoint.layout import (
     INDEX_FILE,
@@ -201,6 +202,14 @@ def test_a_folder_that_cannot_be_listed_does_not_count_as_empty(
         with pytest.raises(UnreadableError):
             ask(tmp_path)
     assert prune(tmp_path, Keep(last=1), written=newest) == []
+
+
+def test_a_folder_that_another_process_makes_meanwhile_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([True])  # at once; a moment later it is there
+    monkeypatch.setattr(read_errors, "is_missing", lambda _: next(answers, False))
+    assert checkpoints(tmp_path / "run") == []
 
 
 def test_a_copy_is_no_newer_when_its_state_is_unreadable_at_first(
