@@ -22,7 +22,6 @@ def with_retries(read: Callable[[], T], path: Path) -> T:
         MissingFileError: its folder has no such file.
         UnreadableError: it still fails after about a minute.
     """
-
     gone = False
 
     def is_gone(error: OSError) -> bool:
