@@ -36,8 +36,9 @@ stage 'ruff format' python -m ruff format --check .
 stage 'ruff check' python -m ruff check .
 stage mypy python -m mypy
 # A test file stays on one worker, because its tests share runs; the order is that of conftest.py.
-# Three for two cores, since one of them often waits: for a time-out, a host, a queue.
-workers=(--numprocesses 3 --dist loadfile --no-loadscope-reorder)
+# Three for two cores, since one of them often waits: for a time-out, a host, a queue. One that
+# crashes fails its test and ends the session; started again it would leave the session waiting.
+workers=(--numprocesses 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0)
 if [[ ${1:-} == --quick ]]; then
   shift
   stage kills python -m tests.faults --kills 2 --stage 2

@@ -58,7 +58,7 @@ for setting in "${settings[@]}"; do
     (while :; do :; done) &
     busy+=($!)
   done
-  words=(-q --numprocesses 3 --dist loadfile "${tests[@]}")
+  words=(-q --numprocesses 3 --dist loadfile --max-worker-restart 0 "${tests[@]}")
   if env OMP_NUM_THREADS=1 "${variables[@]}" python -m pytest "${words[@]}" &>"$output"; then
     verdict=ok
   else
