@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 HEIGHT = 300  # pixels of a row
 GAP = 8  # pixels between pictures, and between rows
+LEGEND = 24  # pixels above them, where words have the colors of the lines
 SHOWN = 24  # places of a pair, evenly chosen
 RADIUS = 4  # pixels, of a place
 RIGHT, WRONG, TRUE = "#35d05a", "#ff4040", "#3df2ff"
@@ -47,16 +48,24 @@ class Match:
 def draw_matches(matches: Sequence[Match]) -> Image.Image:
     """A row for each match: right ones green, wrong ones red with a line to the true place."""
     rows = [_draw(match) for match in matches]
-    height = len(rows) * (HEIGHT + GAP) - GAP
-    sheet = Image.new("RGB", (max(row.width for row in rows), height), "white")
+    height = LEGEND + len(rows) * (HEIGHT + GAP) - GAP
+    sheet = Image.new("RGB", (max(row.width for row in rows), height), "black")
+    _write_legend(sheet)
     for number, row in enumerate(rows):
-        sheet.paste(row, (0, number * (HEIGHT + GAP)))
+        sheet.paste(row, (0, LEGEND + number * (HEIGHT + GAP)))
     return sheet
+
+
+def _write_legend(sheet: Image.Image) -> None:
+    pen, font, left = ImageDraw.Draw(sheet), ImageFont.load_default(size=0.6 * LEGEND), GAP
+    for word, color in {"right": RIGHT, "wrong": WRONG, "where it should be": TRUE}.items():
+        pen.text((left, LEGEND / 2), word, fill=color, font=font, anchor="lm")
+        left += round(font.getlength(word)) + 2 * GAP
 
 
 def _draw(match: Match) -> Image.Image:
     source, target = (_resized(picture) for picture in (match.source, match.target))
-    row = Image.new("RGB", (source.width + GAP + target.width, HEIGHT), "white")
+    row = Image.new("RGB", (source.width + GAP + target.width, HEIGHT), "black")
     left = source.width + GAP
     row.paste(source, (0, 0))
     row.paste(target, (left, 0))

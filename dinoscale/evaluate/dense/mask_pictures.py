@@ -43,22 +43,26 @@ def save_mask(mask: Labels, path: Path) -> None:
         image.save(beside)
 
 
-def compare(pixels: NDArray[np.uint8], found: Labels, truth: Labels | None) -> Image.Image:
-    """Draw the found objects over a picture, and to its right the true ones, if known.
+def panels(pixels: NDArray[np.uint8], *labels: Labels) -> list[Image.Image]:
+    """Draw the objects of each of some labels over a picture.
 
     Args:
         pixels: (H, W, C) of 3 or 1 channels.
-        found: (H, W).
-        truth: (H, W).
+        labels: (H, W) each.
     """
     height, width = pixels.shape[:2]
     size = (PANEL, max(1, round(PANEL * height / width)))
     picture = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0]).convert("RGB")
     small = np.asarray(picture.resize(size, Image.Resampling.BICUBIC))
-    panels = [_overlay(small, labels) for labels in (found, truth) if labels is not None]
-    sheet = Image.new("RGB", (len(panels) * (size[0] + GAP) - GAP, size[1]), "white")
-    for i, panel in enumerate(panels):
-        sheet.paste(panel, (i * (size[0] + GAP), 0))
+    return [_overlay(small, some) for some in labels]
+
+
+def compare(pixels: NDArray[np.uint8], found: Labels, truth: Labels | None) -> Image.Image:
+    """Draw the found objects over a picture and, to its right, the true ones, if known."""
+    drawn = panels(pixels, *(labels for labels in (found, truth) if labels is not None))
+    sheet = Image.new("RGB", (len(drawn) * (PANEL + GAP) - GAP, drawn[0].height), "white")
+    for i, panel in enumerate(drawn):
+        sheet.paste(panel, (i * (PANEL + GAP), 0))
     return sheet
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -13,7 +12,8 @@ from PIL import Image
 
 from dinoscale.errors import DataError
 from dinoscale.evaluate.any_size import save_picture, writing_to
-from dinoscale.evaluate.dense.mask_pictures import GAP, compare
+from dinoscale.evaluate.dense.mask_pictures import PANEL, panels
+from dinoscale.evaluate.dense.side_by_side import draw_table
 from dinoscale.evaluate.dense_probes.pairs import Pairs, open_pairs, whole_images
 from dinoscale.evaluate.dense_probes.probe import Probe
 from dinoscale.evaluate.dense_probes.target_files import Part, TargetFiles
@@ -106,7 +106,7 @@ class Scoring:
         if isinstance(self.protocol, Linear):
             reading = replace(reading, batch_size=1)  # of images, each of several windows
         confusion = Confusion(len(self.names))
-        drawn: list[Image.Image] = []
+        drawn: list[list[Image.Image]] = []
         for batch in whole_images(self.test, self.protocol.resize(patch), reading):
             scores = predict(reading.normalized(batch.images))
             for image, one, mask in zip(batch.images, scores, batch.targets, strict=True):
@@ -115,17 +115,14 @@ class Scoring:
                 confusion.add(found, torch.from_numpy(mask).to(found.device))
                 if drawing and self.pictures is not None and len(drawn) < ROWS:
                     pixels = image.permute(1, 2, 0).numpy()
-                    drawn.append(compare(pixels, found.byte().cpu().numpy(), mask))
+                    drawn.append(panels(pixels, found.byte().cpu().numpy(), mask))
         return confusion, self._drawn(drawn)
 
-    def _drawn(self, rows: Sequence[Image.Image]) -> Said:
+    def _drawn(self, rows: Sequence[Sequence[Image.Image]]) -> Said:
         """Write a sheet; what the report says of it."""
         if self.pictures is None or not rows:
             return {}
-        heights = [row.height + GAP for row in rows]
-        sheet = Image.new("RGB", (rows[0].width, sum(heights)), "white")
-        for row, top in zip(rows, accumulate(heights, initial=0), strict=False):
-            sheet.paste(row, (0, top))
+        sheet = draw_table(["found classes", "true classes"], rows, width=PANEL)
         with writing_to(self.pictures):
             save_picture(sheet, self.pictures / SHEET)
         return {"picture": str(self.pictures / SHEET)}

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageColor
 from torch import Tensor, nn
 
 from dinoscale import cli
@@ -26,6 +26,7 @@ from dinoscale.evaluate.correspondence.correspond import (
     Matcher,
     evaluate_correspond,
 )
+from dinoscale.evaluate.correspondence.figure import HEIGHT, LEGEND, RIGHT, TRUE, WRONG
 from dinoscale.evaluate.correspondence.matching import (
     find_places,
     nearest_centers,
@@ -312,4 +313,7 @@ def test_the_command_warps_one_picture_and_draws_it(
     assert report["best_possible"]["pck@0.1"] > report["floors"]["pck@0.1"]
     assert list(report["score"]) == ["pck@0.1", "pck@0.05"]
     with Image.open(out / SHEET) as sheet:
-        assert sheet.height == 300
+        assert sheet.height == LEGEND + HEIGHT
+        legend = sheet.crop((0, 0, sheet.width, LEGEND))
+    words = {color for _, color in legend.getcolors(legend.width * LEGEND) or ()}
+    assert words >= {ImageColor.getrgb(color) for color in (RIGHT, WRONG, TRUE)}
