@@ -32,12 +32,14 @@ def with_retries(read: Callable[[], T], path: Path) -> T:
     try:
         return RetryBudget(is_final=is_gone).read(read, path)
     except OSError as error:
-        if gone:  # as when the retries ended; another process may have written it since
+        if not gone:
+            raise _unreadable(path, error) from error
+        if is_missing(path):
             raise MissingFileError(
                 f"{path.parent} is damaged: {path.name} is missing, so it is not a complete"
                 " checkpoint"
             ) from error
-        raise _unreadable(path, error) from error
+    return with_retries(read, path)  # another process has written it, or that listing was stale
 
 
 def is_missing(path: Path) -> bool:

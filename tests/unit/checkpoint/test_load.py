@@ -26,6 +26,7 @@ from dinoscale.checkpoint.layout import (
 from dinoscale.checkpoint.load import Checkpoint, open_run, open_verified
 from dinoscale.checkpoint.manage import prune_checkpoints, verify_checkpoints
 from dinoscale.checkpoint.progress import write_measured
+from dinoscale.checkpoint.read_errors import with_retries
 from dinoscale.checkpoint.retention import Keep, prune
 from dinoscale.convert.run_checkpoint import is_run
 from dinoscale.errors import CheckpointError, UnreadableError
@@ -204,12 +205,26 @@ def test_a_folder_that_cannot_be_listed_does_not_count_as_empty(
     assert prune(tmp_path, Keep(last=1), written=newest) == []
 
 
-def test_a_folder_that_another_process_makes_meanwhile_is_no_error(
+def test_a_file_or_folder_that_is_there_at_a_second_look_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers = iter([True])  # at once; a moment later it is there
-    monkeypatch.setattr(read_errors, "is_missing", lambda _: next(answers, False))
+    """Another process makes it, or a host lists what was there some seconds ago."""
+    folder, file = tmp_path / "run" / "checkpoints", tmp_path / "state.json"
+    look = read_errors.is_missing
+
+    def missing(path: Path) -> bool:
+        if path.exists():
+            return look(path)
+        if path == folder:
+            folder.mkdir(parents=True)
+        else:
+            file.write_text("{}")
+        return True
+
+    monkeypatch.setattr(read_errors, "is_missing", missing)
     assert checkpoints(tmp_path / "run") == []
+    assert folder.exists()
+    assert with_retries(file.read_text, file) == "{}"
 
 
 def test_a_copy_is_no_newer_when_its_state_is_unreadable_at_first(
