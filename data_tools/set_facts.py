@@ -38,7 +38,7 @@ from dinoscale.data.decoding.arrays import (
 from dinoscale.data.decoding.decode import BadSampleError, Decoder
 from dinoscale.data.sources.source import Source
 from dinoscale.data.sources.synthetic import PREFIX
-from dinoscale.errors import DataError
+from dinoscale.errors import DataError, UnavailableError
 
 SAMPLE = 1000  # images, read and decoded
 _RADIUS = 6  # bits in which the hashes of copies differ at most; the default of `deduplicate`
@@ -103,6 +103,7 @@ def look_at(spec: str, *, images: int = SAMPLE, workers: int) -> SetFacts:
     Raises:
         DataError: nothing is there, or none of the sample can be read.
         RunFailedError: a worker was killed.
+        UnavailableError: an image cannot be read now: without it, these were facts of another set.
     """
     source = open_pictures(spec, Decoder())
     ids = sample_ids(len(source), wanted=images)
@@ -191,13 +192,15 @@ def _white(files: list[_Numbers]) -> tuple[float | None, str]:
 
 
 def _stored(source: Source | Files, index: int) -> _Stored | None:
-    """None for a file that cannot be read."""
+    """None for a file that holds no image."""
     if source.path(index).startswith(PREFIX):
         return _Stored(3)
     try:
         data = source.data(index)  # type: ignore[union-attr]  # all but drawn sets have files
         header = read_header(data, source.path(index))
         return _array(data) if _is_array(header, data) else _picture(header, data)
+    except UnavailableError:
+        raise
     except Exception:  # decoders raise anything; the image counts as unreadable below
         return None
 
@@ -239,6 +242,8 @@ def _examine(source: Source, ids: NDArray[np.int64]) -> Json:
     for index in ids.tolist():
         try:
             pixels = source.picture(index).pixels()  # (H, W, C)
+        except UnavailableError:
+            raise
         except BadSampleError:
             found["bad"] += 1
             continue

@@ -17,7 +17,8 @@ from dinoscale.config import RunConfig, load_config, phases_of, resolve
 from dinoscale.config.resolve import without_auto
 from dinoscale.convert.card import BackboneCard, BackboneShape
 from dinoscale.convert.run_checkpoint import card_of
-from dinoscale.errors import ConfigError, DataError
+from dinoscale.data.decoding.decode import Picture, UnavailableSampleError
+from dinoscale.errors import ConfigError, DataError, UnavailableError
 from dinoscale.models.rope import Rope
 from dinoscale.recipe.cautions import least_share_of_copies
 from dinoscale.recipe.choose import choose, prototypes
@@ -206,6 +207,21 @@ def test_files_that_cannot_be_read_as_the_channels_of_the_weights_keep_theirs(
     bands_card = replace(RGB_CARD, backbone=replace(RGB_CARD.backbone, in_chans=13))
     assert _values(_on(bands, bands_card))["data.color_ops_on"] == "device"
     assert not _on(bands, bands_card).cautions
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_images_that_cannot_be_read_now_are_not_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    for index in range(200):  # two blocks
+        (tmp_path / f"{index:03}.png").write_bytes(png(pixels(index, channels=3)))
+
+    def read(_: Picture) -> None:
+        raise UnavailableSampleError("007.png", "stale file handle")
+
+    monkeypatch.setattr(Picture, "pixels", read)
+    with pytest.raises(UnavailableError, match=r"007\.png: stale file handle"):
+        look_at(str(tmp_path), workers=workers)
 
 
 def test_color_among_gray_images_is_kept(tmp_path: Path) -> None:
