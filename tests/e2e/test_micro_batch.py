@@ -68,12 +68,21 @@ def _peak_so_far(pid: int) -> int:
     return 1024 * (kib["VmPeak"] - kib["VmSize"] + kib["VmData"])
 
 
-def _unlimited_trial(size: int, **environment: str) -> subprocess.Popen[str]:
-    config = parse_config({**_SIZES, "train": {"batch_size": size, "micro_batch_size": "auto"}})
-    order = {"config": config.model_dump(mode="json"), "micro_batch_size": size}
+def _unlimited_trial(
+    size: int,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    port: int | None = None,
+    engine: dict[str, int] | None = None,
+) -> subprocess.Popen[str]:
+    train = {"batch_size": world_size * size, "micro_batch_size": "auto"}
+    settings = {**_SIZES, "train": train, "engine": {**_SIZES["engine"], **(engine or {})}}
+    order = {"config": parse_config(settings).model_dump(mode="json"), "micro_batch_size": size}
+    own = environment_of(rank, world_size=world_size, port=port or free_port())
     trial = subprocess.Popen(
         [sys.executable, "-m", "dinoscale.training.micro_batch.trial"],
-        env=environment_of(0, world_size=1, port=free_port()) | environment,
+        env=own | {"OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
@@ -247,15 +256,20 @@ def test_a_trial_limits_its_own_memory_and_does_not_outlive_its_run() -> None:
 
 def test_no_thread_begins_under_the_limit_of_a_trial() -> None:
     """Gloo hangs where one of its threads finds no room for its stack."""
-    trial = _unlimited_trial(FITS, OMP_NUM_THREADS="1")
-    _wait_for_limit(trial)
-    threads = [psutil.Process(trial.pid).num_threads()]
-    while trial.poll() is None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            threads.append(psutil.Process(trial.pid).num_threads())
+    port, engine = free_port(), {"zero_stage": 3, "zero_hpz_partition_size": 2}  # most groups
+    first, second = (
+        _unlimited_trial(FITS, rank=rank, world_size=2, port=port, engine=engine)
+        for rank in range(2)
+    )
+    _wait_for_limit(first)
+    tasks = Path(f"/proc/{first.pid}/task")
+    begun, seen = {path.name for path in tasks.iterdir()}, set[str]()
+    while first.poll() is None:
+        with contextlib.suppress(FileNotFoundError):
+            seen |= {path.name for path in tasks.iterdir()}
         time.sleep(0.02)
-    assert trial.returncode == 0
-    assert max(threads) == threads[0]
+    assert (first.returncode, second.wait(timeout=60)) == (0, 0)
+    assert seen <= begun
 
 
 def test_a_signal_to_the_run_and_its_trial_is_no_failure_of_the_trial(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import resource
+import signal
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -9,9 +11,10 @@ import pytest
 import torch
 
 from dinoscale.config import micro_batch_sizes, parse_config, resolve
-from dinoscale.errors import ConfigError, RunFailedError, UnavailableError
+from dinoscale.errors import ConfigError, PreemptedError, RunFailedError, UnavailableError
 from dinoscale.runtime import distributed
 from dinoscale.runtime.launcher_env import Process
+from dinoscale.runtime.preemption import SIGNALS
 from dinoscale.training.feed import masks_of
 from dinoscale.training.micro_batch import search
 from dinoscale.training.micro_batch.search import Outcome, _judge, _outcome, largest_that_fits
@@ -67,10 +70,21 @@ def test_gpu_that_lets_no_second_process_in_is_named_with_the_remedy() -> None:
         "terminate called without an active exception",
     ],
 )
-def test_a_limited_trial_that_cannot_say_memory_is_too_large(last_words: str) -> None:
+def test_a_limited_trial_that_cannot_say_memory_is_too_large(
+    last_words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     limited = '{"limit_bytes": 9}\n' + last_words
     assert _outcome(None, 1, io.BytesIO(limited.encode())).verdict == "too large"
     assert _outcome(None, 1, io.BytesIO(last_words.encode())).verdict == "failed"
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (2**28, 2**28))  # as by `ulimit -d`
+    assert _outcome(None, 1, io.BytesIO(last_words.encode())).verdict == "too large"
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_trial_that_a_signal_to_stop_ended_did_not_fail(number: signal.Signals) -> None:
+    outcome = _outcome(None, -number, io.BytesIO())
+    with pytest.raises(PreemptedError):
+        _judge([outcome, Outcome("cut off")], 8)
 
 
 def test_trial_whose_images_were_out_of_reach_ends_the_run_as_that() -> None:

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -275,6 +276,8 @@ def _outcome(verdict: Verdict | None, exit_code: int, output: IO[bytes]) -> Outc
             with contextlib.suppress(ValueError):
                 found |= json.loads(line)
     limit, peak = found.get("limit_bytes"), found.get("peak_bytes")
+    inherited, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    limited = limit is not None or inherited != resource.RLIM_INFINITY
     quoted, searched = "\n".join(lines[-_QUOTED:]), "\n".join(lines[-_SEARCHED:])
     if verdict is None:
         if exit_code == 0 and peak is not None:
@@ -284,7 +287,7 @@ def _outcome(verdict: Verdict | None, exit_code: int, output: IO[bytes]) -> Outc
         elif (
             exit_code == -signal.SIGKILL
             or NO_MEMORY.search(searched)
-            or (limit is not None and _STARVED.search(searched))
+            or (limited and _STARVED.search(searched))
         ):
             verdict = "too large"
         elif _BUSY in searched:

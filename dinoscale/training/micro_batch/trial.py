@@ -31,7 +31,7 @@ from dinoscale.data.loader import Batch
 from dinoscale.engine.build import build_pair, loss_weights_of, schedules_of
 from dinoscale.engine.micro_batch import MicroBatch
 from dinoscale.engine.step import train_step
-from dinoscale.engine.student import Student, import_deepspeed
+from dinoscale.engine.student import Student
 from dinoscale.engine.teacher import Teacher
 from dinoscale.errors import DinoscaleError
 from dinoscale.runtime import distributed
@@ -89,15 +89,16 @@ def _end_with_parent() -> None:
 
 def _try(config: RunConfig, size: int, process: Process) -> None:
     distributed.start(process, timeout_s=collectives_timeout_s(config.train.hang_timeout_s))
-    # DeepSpeed's group begins here: Gloo hangs where a thread of it finds no room for its stack.
-    import_deepspeed().utils.groups._clone_world_group()
     distributed.gather_objects(None)  # all ranks have started, and NCCL has its buffers
     limit = _free_bytes(process)
+    taken = 0 if limit is None else private_bytes()
     distributed.gather_objects(limit)  # no rank allocates before all have measured
-    if limit is not None:
-        _limit_memory(limit, process.device)
+    short, plan = _short_run(config, size, world_size=process.world_size)
+    student, teacher = build_pair(short, plan, values=False)
+    if limit is not None:  # after DeepSpeed's groups: Gloo hangs where a thread finds no stack
+        _limit_memory(limit, taken, process.device)
     print(json.dumps({"limit_bytes": limit}), flush=True)
-    _take_steps(config, size, process)
+    _take_steps(short, plan, student, teacher, process.device)
     print(json.dumps({"peak_bytes": peak_memory_bytes()}), flush=True)
     distributed.gather_objects(None)
 
@@ -116,27 +117,28 @@ def _free_bytes(process: Process) -> int | None:
     return int(USABLE * room)
 
 
-def _limit_memory(limit: int, device: torch.device) -> None:
-    """Make allocations fail beyond a limit, before the machine swaps or kills processes."""
+def _limit_memory(limit: int, taken: int, device: torch.device) -> None:
+    """Make allocations fail beyond a limit, before the machine swaps or kills processes.
+
+    Args:
+        limit: bytes.
+        taken: private bytes of this process before, which do not count.
+        device: whose memory is limited.
+    """
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info()[1], device)
     else:
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (private_bytes() + limit, hard))
+        resource.setrlimit(resource.RLIMIT_DATA, (taken + limit, hard))
 
 
-def _take_steps(config: RunConfig, size: int, process: Process) -> None:
-    """Take steps like the run's, with just enough micro-batches to reach its peak memory."""
-    passes = split_batch(
-        with_micro_batch(config, size), world_size=process.world_size
-    ).accumulation_steps
-    short = _shortened(config, size, world_size=process.world_size, passes=min(passes, _PASSES))
-    plan = resolve(short, world_size=process.world_size, num_images=short.train.batch_size)
-    student, teacher = build_pair(short, plan, values=False)
+def _take_steps(
+    config: RunConfig, plan: RunPlan, student: Student, teacher: Teacher, device: torch.device
+) -> None:
     if teacher.gram is not None:
         teacher.gram.refresh(teacher.ema)  # as late in the run
-    for run in short.of_sizes:  # of several sizes of crops, any may need the most
-        _take_steps_of_size(run, plan, student, teacher, process.device)
+    for run in config.of_sizes:  # of several sizes of crops, any may need the most
+        _take_steps_of_size(run, plan, student, teacher, device)
 
 
 def _take_steps_of_size(
@@ -149,6 +151,13 @@ def _take_steps_of_size(
             plan.accumulation_steps, lambda _: _prepared(batch, config, device, depth=depth)
         )
         train_step(prepared, student, teacher, now, loss_weights=loss_weights_of(config))
+
+
+def _short_run(config: RunConfig, size: int, *, world_size: int) -> tuple[RunConfig, RunPlan]:
+    """The run with just enough micro-batches per step to reach its peak memory."""
+    passes = split_batch(with_micro_batch(config, size), world_size=world_size).accumulation_steps
+    short = _shortened(config, size, world_size=world_size, passes=min(passes, _PASSES))
+    return short, resolve(short, world_size=world_size, num_images=short.train.batch_size)
 
 
 def _shortened(config: RunConfig, size: int, *, world_size: int, passes: int) -> RunConfig:
