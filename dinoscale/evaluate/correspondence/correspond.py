@@ -61,13 +61,14 @@ SHEET = "correspond-sheet.png"
 CACHE_BYTES = 2**29  # of features of pictures that come again in other pairs
 
 _FOUND, _UNTRAINED, _PIXELS = "score", "untrained", "pixels"  # whose features match
-_SAME, _POSSIBLE = "floors", "best_possible"  # without features
+_SAME, _POSSIBLE = "same_position", "best_possible"  # without features
 _PROTOCOL = {
     "method": "patch of the highest cosine; the place is its center",
     "score": "share of correct key points of a pair, mean over pairs",
     "edges": "images are resized to whole patches",
-    "floor": "the same position, as a fraction of width and height",
+    "same_position": "as a fraction of width and height",
     "pixels": "the normalised pixels of a patch as its features",
+    "floors": "the better of these two",
     "best_possible": "the center of the right patch",
 }
 
@@ -162,9 +163,9 @@ def evaluate_correspond(
         options: which network, and which device.
 
     Returns:
-        Ready for JSON, in percent: `score`, `untrained`, `floors` (the same position), `pixels` and
-        `best_possible`, each with PCK at 0.1 and 0.05; `by_point`, the mean over key points;
-        `categories`, if they are known; and how it was measured.
+        Ready for JSON, in percent: `score`, `untrained`, `best_possible`, `baselines` (the same
+        position, pixels) and `floors`, the better one, each with PCK at 0.1 and 0.05; `by_point`,
+        the mean over key points; `categories`, if they are known; and how it was measured.
 
     Raises:
         CheckpointError: the weights file cannot be used.
@@ -180,6 +181,8 @@ def evaluate_correspond(
     matcher = Matcher(pairs, networks, features)
     kept = FinishedItems(fingerprint, loaded.device)
     results, left_out = _measure(matcher, kept, progress=options.progress)
+    scores = {kind: _score([r.errors[kind] for r in results]) for kind in results[0].errors}
+    baselines = {kind: scores.pop(kind) for kind in (_SAME, _PIXELS)}
     report = loaded.report(
         "correspond",
         data={
@@ -188,7 +191,9 @@ def evaluate_correspond(
         },
         left_out={"pairs": left_out, "points_outside": sum(result.outside for result in results)},
         protocol={"network": options.network, **matcher.protocol()},
-        **{kind: _score([r.errors[kind] for r in results]) for kind in results[0].errors},
+        **scores,
+        floors=max(baselines.values(), key=lambda score: next(iter(score.values()))),
+        baselines=baselines,
         by_point=_score([np.concatenate([result.errors[_FOUND] for result in results])]),
         categories=_by_category(pairs, results),
     )

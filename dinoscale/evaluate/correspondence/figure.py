@@ -49,18 +49,21 @@ def draw_matches(matches: Sequence[Match]) -> Image.Image:
     """A row for each match: right ones green, wrong ones red with a line to the true place."""
     rows = [_draw(match) for match in matches]
     height = LEGEND + len(rows) * (HEIGHT + GAP) - GAP
-    sheet = Image.new("RGB", (max(row.width for row in rows), height), "black")
-    _write_legend(sheet)
+    words = _legend()
+    sheet = Image.new("RGB", (max(words.width, *(row.width for row in rows)), height), "black")
+    sheet.paste(words, (0, 0))
     for number, row in enumerate(rows):
         sheet.paste(row, (0, LEGEND + number * (HEIGHT + GAP)))
     return sheet
 
 
-def _write_legend(sheet: Image.Image) -> None:
-    pen, font, left = ImageDraw.Draw(sheet), ImageFont.load_default(size=0.6 * LEGEND), GAP
+def _legend() -> Image.Image:
+    strip, font, left = Image.new("RGB", (300, LEGEND)), ImageFont.load_default(0.6 * LEGEND), GAP
+    pen = ImageDraw.Draw(strip)
     for word, color in {"right": RIGHT, "wrong": WRONG, "where it should be": TRUE}.items():
         pen.text((left, LEGEND / 2), word, fill=color, font=font, anchor="lm")
         left += round(font.getlength(word)) + 2 * GAP
+    return strip.crop((0, 0, left, LEGEND))
 
 
 def _draw(match: Match) -> Image.Image:
