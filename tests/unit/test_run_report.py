@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from dinoscale.config import (
     HeadConfig,
@@ -26,10 +28,12 @@ from dinoscale.config import (
 from dinoscale.config.sections.objectives import IbotConfig
 from dinoscale.engine.schedules import cosine
 from dinoscale.errors import ConfigError, DataError
+from dinoscale.reports.html import drawing, finish_plot
 from dinoscale.reports.run.chain import beginnings, draw_chain
 from dinoscale.reports.run.findings import check_run
 from dinoscale.reports.run.page import changed_settings
 from dinoscale.reports.run.phases import write_report
+from dinoscale.reports.run.plots import HEIGHT, WIDTH, _plot_specs
 from dinoscale.reports.run.read import EVENTS_KEPT, NUMBERS, Record, read_record
 from dinoscale.reports.run.series import Point, Series
 from dinoscale.reports.run.state import State, describe_run, duration_text, find_state
@@ -461,6 +465,21 @@ def test_the_page_shows_what_happened(report: tuple[Path, Path, dict[str, Any]])
     assert "Not drawn: there is no checkpoint." in page.text
     assert "data.train" in page.text
     assert re.search(r"problem\s+collapse", page.text)
+
+
+def test_no_caption_is_wider_than_its_plot(tmp_path: Path) -> None:
+    line = log_line(5, rankme=30.0, rank_images=25000)
+    captions = [spec.caption for spec in _plot_specs(read_record(make_run(tmp_path, [line])))]
+    assert "RankMe of the teacher, directions (at most 25000)" in captions
+    with drawing():
+        for caption in captions:
+            figure = Figure(figsize=(WIDTH, HEIGHT))
+            canvas = FigureCanvasAgg(figure)
+            title = figure.add_axes((0.1, 0.1, 0.9, 0.8)).set_title("", loc="left")
+            finish_plot(figure, caption)
+            canvas.draw()
+            assert title.get_text() == caption
+            assert title.get_window_extent().x1 <= figure.bbox.x1, caption
 
 
 def test_plots_are_drawn_of_what_has_data(report: tuple[Path, Path, dict[str, Any]]) -> None:

@@ -187,8 +187,8 @@ def _rankme(record: Record) -> str:
     images, known = record.series["rank_images"], record.series["rankme"].count
     of = ""
     if images.last and images.count == known:  # none of k-NN's, which is of other images
-        of = f" on {images.last.value:.0f} images, which is the most it can be"
-    return f"RankMe of the teacher's features{of}, directions"
+        of = f" (at most {images.last.value:.0f})"
+    return f"RankMe of the teacher, directions{of}"
 
 
 def _figure(state: State) -> tuple[Figure, Axes]:
