@@ -14,7 +14,7 @@ if os.environ.get("DINOSCALE_TEST_ONEDNN") == "0":
     import torch
 
     torch.backends.mkldnn.set_flags(False)
-if (threads := int(os.environ.get("OMP_NUM_THREADS", "1"))) > (os.cpu_count() or 1):
+if (threads := os.environ.get("OMP_NUM_THREADS", "1")) != "1":
     import torch
 
-    torch.set_num_threads(threads)  # as forked ranks do: else MKL takes no more than cores
+    torch.set_num_threads(int(threads))  # as forked ranks do: else MKL takes no more than cores

@@ -28,6 +28,7 @@ BUDGET_MIN = {
 }
 _WAITING, _SHORT = ("multinode", "faults"), ("unit", "elsewhere")
 _ROOT = Path(__file__).resolve().parent
+_crashed: list[str] = []  # workers of pytest-xdist
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -88,6 +89,20 @@ def pytest_runtest_makereport() -> Iterator[None]:
         (name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections
     ]
     return report
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: object, error: object) -> None:
+    """A worker ended; with an error, if it was not asked to."""
+    if error:
+        _crashed.append(f"{node}: {error}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A session that lost a worker failed: pytest-xdist may end it with code 0 and no test run."""
+    if _crashed:
+        session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -83,4 +83,4 @@ def test_peak_is_not_that_of_the_process_that_started_this_one() -> None:
 
 
 def test_peak_is_measured_where_there_is_no_procfs(tmp_path: Path) -> None:
-    assert peak_resident_bytes(tmp_path) >= 0.9 * peak_resident_bytes()
+    assert 0.9 < peak_resident_bytes(tmp_path) / peak_resident_bytes() < 100
