@@ -78,7 +78,7 @@ def test_the_plot_says_of_how_many_images_the_rank_is(tmp_path: Path) -> None:
         record = read_record(tmp_path / name)
         ((drawn, plot),) = draw_run(record, find_state(record, now=0.0))
         assert drawn == "rankme"
-        assert ("on 512 images, which is the most" in plot.caption) == (name == "run")
+        assert ("at most 512" in plot.caption) == (name == "run")
 
 
 @pytest.mark.parametrize(
